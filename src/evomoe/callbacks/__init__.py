@@ -1,0 +1,1 @@
+"""Lightning callbacks: evolution, monitoring, progress, and the guards of a run."""

@@ -1,0 +1,9 @@
+"""The one error that a user's input may cause."""
+
+
+class ConfigError(ValueError):
+    """A value that the user gave cannot work.
+
+    The message is one line: it names the value, says what was expected and how to mend it. The entry points print it
+    without a traceback and exit with status 2.
+    """

@@ -1,0 +1,1 @@
+"""Networks built from one set of blocks."""

@@ -1,0 +1,1 @@
+"""The work: expert weights, their kernels, the MoE layer, and the spawning of experts."""

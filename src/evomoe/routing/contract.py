@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -128,11 +127,14 @@ class Router(nn.Module, ABC):
     A router computes in fp32 under any autocast, is deterministic in eval mode, and never counts a padding token.
     """
 
-    causal_in_train: ClassVar[bool] = True
+    causal_in_train: bool = True
     """Whether a token's routing in training depends on no later token of its sequence."""
 
-    causal_in_eval: ClassVar[bool] = True
+    causal_in_eval: bool = True
     """The same in eval mode."""
+
+    rules_differ: bool = False
+    """Whether ``final_rule`` changes the routing at the present schedule values, so that both are worth evaluating."""
 
     def __init__(self, d_model: int, num_experts: int) -> None:
         super().__init__()

@@ -1,0 +1,39 @@
+"""The linear gate that most routers share: token states to expert logits, always in fp32."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evomoe.errors import ConfigError
+
+
+class LinearGate(nn.Module):
+    """``logits = hidden @ weight.T`` without bias, in fp32 under any autocast.
+
+    Args:
+        d_model: width D of the token states.
+        num_experts: number of experts E.
+        init: ``"scaled"`` draws the weight with standard deviation D^-0.5 (logits of unit variance for normalised
+            states), ``"small"`` with a tenth of that variance's root (Switch Transformer's scale of 0.1),
+            ``"zeros"`` starts from uniform routing.
+    """
+
+    def __init__(self, d_model: int, num_experts: int, init: str = "scaled") -> None:
+        super().__init__()
+        scales = {"scaled": 1.0, "small": 0.1**0.5, "zeros": 0.0}
+        if init not in scales:
+            raise ConfigError(f"gate init={init!r} is unknown: expected one of {', '.join(scales)}")
+        self.std = scales[init] * d_model**-0.5
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight from the global random generator."""
+        nn.init.normal_(self.weight, std=self.std)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``(T, D)`` of any floating type to fp32 logits ``(T, E)``."""
+        with torch.autocast(device_type=hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.weight.float())

@@ -1,0 +1,103 @@
+"""From scores to sorted assignments: the index work that every sparse router shares.
+
+Shapes: T tokens, E experts, K experts per token, A assignments.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from evomoe.errors import ConfigError
+
+Assignments = tuple[Tensor, Tensor, Tensor]
+"""``token (A,)``, ``weight (A,)``, ``tokens_per_expert (E,)``: the first three fields of a ``SparseRouting``."""
+
+
+def assign_mask(mask: Tensor, weights: Tensor) -> Assignments:
+    """Assignments of an arbitrary active set.
+
+    Args:
+        mask: ``(T, E)`` bool, True where the expert works for the token.
+        weights: ``(T, E)`` combine weights; only the chosen ones are read, and only they receive a gradient.
+    """
+    expert, token = mask.t().nonzero(as_tuple=True)  # (A,) each, sorted by expert, then token
+    return token, weights[token, expert], mask.sum(dim=0)
+
+
+def assign_choices(expert: Tensor, weight: Tensor, num_experts: int, keep: Tensor | None = None) -> Assignments:
+    """Assignments of a fixed number of choices per token.
+
+    Args:
+        expert: chosen experts ``(T, K)``, distinct within a row.
+        weight: combine weights ``(T, K)``.
+        num_experts: number of experts E.
+        keep: ``(T, K)`` bool, False for choices that do not count (padding, capacity); None keeps all.
+    """
+    top_k = expert.shape[1]
+    flat_expert, flat_weight = expert.flatten(), weight.flatten()  # token-major: (T * K,)
+    if keep is None:
+        order = torch.argsort(flat_expert, stable=True)
+    else:
+        kept = keep.flatten().nonzero(as_tuple=True)[0]
+        order = kept[torch.argsort(flat_expert[kept], stable=True)]
+    bounds = torch.searchsorted(flat_expert[order], torch.arange(num_experts + 1, device=expert.device))
+    token = order if top_k == 1 else torch.div(order, top_k, rounding_mode="floor")
+    return token, flat_weight[order], bounds.diff()
+
+
+def within_capacity(expert: Tensor, capacity: Tensor | int, valid: Tensor | None, priority: str = "token") -> Tensor:
+    """Which choices find a free place, ``(T, K)`` bool.
+
+    Args:
+        expert: chosen experts ``(T, K)``.
+        capacity: places per expert.
+        valid: ``(T,)`` bool; padding takes no place and is never kept.
+        priority: ``"token"`` serves all choices of an earlier token first (causal); ``"choice"`` serves all first
+            choices before any second choice (GShard): a later token can then evict an earlier one's second choice.
+    """
+    queue = expert if priority == "token" else expert.t()
+    flat = queue.flatten()
+    if valid is not None:
+        waiting = valid[:, None].expand_as(expert)
+        waiting = (waiting if priority == "token" else waiting.t()).flatten()
+        flat = torch.where(waiting, flat, -1)  # padding queues before expert 0, where it takes nobody's place
+    order = torch.argsort(flat, stable=True)
+    ranked = flat[order]
+    place = torch.arange(flat.numel(), device=flat.device) - torch.searchsorted(ranked, ranked)
+    served = torch.empty_like(flat, dtype=torch.bool)
+    served[order] = (place < capacity) & (ranked >= 0)
+    served = served.view(queue.shape)
+    return served if priority == "token" else served.t()
+
+
+def capacity_per_expert(num_tokens: Tensor, num_experts: int, top_k: int, factor: float) -> Tensor:
+    """Places per expert, ``ceil(T * K / E * factor)`` over real tokens, as a 0-dim tensor (at least 1)."""
+    places = num_tokens.double() * top_k * factor / num_experts
+    return (places - 1e-9).ceil().clamp(min=1)  # 1000 * 1.1 / 10 is 110 places, whatever the last bit says
+
+
+def count_tokens(valid: Tensor | None, hidden: Tensor) -> Tensor:
+    """Number of real tokens as a 0-dim int64 tensor."""
+    if valid is None:
+        return torch.tensor(hidden.shape[0], device=hidden.device)
+    return valid.sum()
+
+
+def mask_padding(scores: Tensor, valid: Tensor | None) -> Tensor:
+    """``scores (T, E)`` with zero rows at padding."""
+    return scores if valid is None else scores * valid[:, None]
+
+
+def check_top_k(top_k: int, num_experts: int) -> None:
+    """Refuse a number of experts per token that cannot be had."""
+    if not 1 <= top_k <= num_experts:
+        raise ConfigError(f"top_k={top_k} with {num_experts} experts: expected 1 <= top_k <= num_experts")
+
+
+def check_capacity_factor(name: str, factor: float | None) -> None:
+    """Refuse a capacity factor that leaves no place."""
+    if factor is not None and not (factor > 0 and math.isfinite(factor)):
+        raise ConfigError(f"{name}={factor}: expected a finite factor above 0, or null for dropless routing")

@@ -1,0 +1,117 @@
+"""Top-k token choice: the Switch, GShard, ST-MoE and Mixtral family in one router."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from evomoe.errors import ConfigError
+from evomoe.routing.contract import Router, RoutingInput, SparseRouting
+from evomoe.routing.gate import LinearGate
+from evomoe.routing.losses import balance_loss, z_loss
+from evomoe.routing.selection import (
+    assign_choices,
+    capacity_per_expert,
+    check_capacity_factor,
+    check_top_k,
+    count_tokens,
+    mask_padding,
+    within_capacity,
+)
+
+
+class TopK(Router):
+    """The ``top_k`` best experts of ``softmax(xW)``.
+
+    Mixtral: ``renormalize=True``, dropless. GShard (arXiv 2006.16668): ``top_k=2, capacity_factor=2,
+    priority="choice"``, whose loss counts only first choices; ours counts all choices, as Mixtral and DeepSeek do.
+    ST-MoE (arXiv 2202.08906): ``capacity_factor=1.25`` and the z-loss.
+
+    Losses:
+        balance: ``E * sum_i f_i P_i`` with the load f divided by ``top_k``; 1 at balance.
+        z: mean squared log-partition of the logits; ``log(E)^2`` for logits of zero.
+
+    Args:
+        d_model: width D of the token states.
+        num_experts: number of experts E.
+        top_k: experts per token K.
+        renormalize: divide a token's chosen weights by their sum, before any capacity bound.
+        capacity_factor: places per expert in training, as a multiple of T * K / E; None drops nothing.
+        eval_capacity_factor: the same in evaluation.
+        priority: who is served first under a capacity: ``"token"`` (earlier tokens, causal) or ``"choice"`` (all first
+            choices; a later token can evict an earlier one, so a causal model refuses it).
+        jitter: in training the gate sees the token state times U[1 - jitter, 1 + jitter].
+        init: initialisation of the gate, see ``LinearGate``.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        *,
+        top_k: int = 2,
+        renormalize: bool = True,
+        capacity_factor: float | None = None,
+        eval_capacity_factor: float | None = None,
+        priority: str = "token",
+        jitter: float = 0.0,
+        init: str = "scaled",
+    ) -> None:
+        super().__init__(d_model, num_experts)
+        check_top_k(top_k, num_experts)
+        check_capacity_factor("router capacity_factor", capacity_factor)
+        check_capacity_factor("router eval_capacity_factor", eval_capacity_factor)
+        if priority not in ("token", "choice"):
+            raise ConfigError(f"router priority={priority!r} is unknown: expected token or choice")
+        if renormalize and top_k == 1 and num_experts > 1:
+            raise ConfigError("router renormalize=true with top_k=1 leaves the gate without gradient: set one of them")
+        self.top_k = top_k
+        self.renormalize = renormalize
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.priority = priority
+        if not 0 <= jitter < 1:
+            raise ConfigError(f"router jitter={jitter}: expected a value in [0, 1), the published one is 0.01")
+        self.jitter = jitter
+        self.causal_in_train = capacity_factor is None or priority == "token"
+        self.causal_in_eval = eval_capacity_factor is None or priority == "token"
+        self.gate = LinearGate(d_model, num_experts, init)
+
+    def reset_parameters(self) -> None:
+        """Draw the gate anew."""
+        self.gate.reset_parameters()
+
+    def forward(self, inputs: RoutingInput) -> SparseRouting:
+        """Route ``inputs.hidden (T, D)``."""
+        hidden = inputs.hidden
+        if self.training and self.jitter > 0:
+            hidden = hidden.float()
+            hidden = hidden * torch.empty_like(hidden).uniform_(1 - self.jitter, 1 + self.jitter)
+        logits = self.gate(hidden)  # (T, E)
+        probabilities = F.softmax(logits, dim=1)
+        weight, expert = probabilities.topk(self.top_k, dim=1)  # (T, K)
+        if self.renormalize:
+            weight = weight / weight.sum(dim=1, keepdim=True)
+
+        num_tokens = count_tokens(inputs.valid, inputs.hidden)
+        keep = None if inputs.valid is None else inputs.valid[:, None].expand_as(expert)
+        token, weight_kept, tokens_per_expert = assign_choices(expert, weight, self.num_experts, keep)
+        wanted = tokens_per_expert
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if factor is not None:
+            capacity = capacity_per_expert(num_tokens, self.num_experts, self.top_k, factor)
+            keep = within_capacity(expert, capacity, inputs.valid, self.priority)
+            token, weight_kept, tokens_per_expert = assign_choices(expert, weight, self.num_experts, keep)
+        scores = mask_padding(probabilities, inputs.valid)
+        return SparseRouting(
+            token=token,
+            weight=weight_kept,
+            tokens_per_expert=tokens_per_expert,
+            scores=scores,
+            num_tokens=num_tokens,
+            dropped=wanted.sum() - tokens_per_expert.sum(),
+            losses={
+                "balance": balance_loss(scores, wanted, num_tokens, self.top_k),
+                "z": z_loss(logits, inputs.valid, num_tokens),
+            },
+        )

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from evomoe.errors import ConfigError
+from evomoe.models.gpt import GPT
+from evomoe.routing import Router
+from evomoe.routing.dts import DTSGate
+from evomoe.routing.switch import Switch
+from evomoe.routing.topk import TopK
+
+Build = Callable[..., GPT]
+
+
+class EvalLeaker(TopK):
+    causal_in_eval = True
+
+    def __init__(self, d_model: int, num_experts: int) -> None:
+        super().__init__(d_model, num_experts)
+        self.causal_in_eval = False
+
+
+class TrainLeaker(TopK):
+    def __init__(self, d_model: int, num_experts: int) -> None:
+        super().__init__(d_model, num_experts)
+        self.causal_in_train = False
+
+
+def language_loss(model: GPT, tokens: Tensor) -> Tensor:
+    logits, routings = model(tokens[:, :-1])
+    balance = sum(routing.losses["balance"] for routing in routings)
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) + 0.01 * balance
+
+
+@pytest.mark.parametrize(("moe_every", "names"), [(0, []), (1, ["block_0", "block_1", "block_2", "block_3"])])
+def test_every_nth_block_is_moe(build: Build, moe_every: int, names: list[str]) -> None:
+    assert list(build(num_layers=4, moe_every=moe_every).moe_layers) == names
+
+
+def test_moe_blocks_of_every_second_and_third(build: Build) -> None:
+    assert list(build(num_layers=4, moe_every=2).moe_layers) == ["block_1", "block_3"]
+    assert list(build(num_layers=4, moe_every=3).moe_layers) == ["block_2"]
+
+
+def test_one_routing_per_moe_layer_and_one_logit_per_word(build: Build, tokens: Tensor) -> None:
+    model = build(num_layers=4)
+    logits, routings = model(tokens)
+    assert logits.shape == (3, 12, 50)
+    assert [routing.tokens_per_expert.sum().item() for routing in routings] == [72, 72]  # 36 tokens, top 2
+    assert model.token_embedding.weight.shape == (64, 32)
+
+
+def test_extra_vocabulary_rows_are_never_trained(build: Build, tokens: Tensor) -> None:
+    model = build()
+    language_loss(model, tokens).backward()
+    gradient = model.token_embedding.weight.grad
+    assert gradient is not None
+    assert torch.count_nonzero(gradient[50:]) == 0
+    assert torch.count_nonzero(gradient[:50].abs().sum(dim=1)) == 50
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("moe_every", [0, 1])
+def test_padding_changes_nothing(build: Build, tokens: Tensor, moe_every: int) -> None:
+    model = build(moe_every=moe_every, router=functools.partial(Switch, capacity_factor=None)).eval()
+    valid = torch.arange(12) < torch.tensor([[12], [7], [1]])
+    padded = torch.where(valid, tokens, 49)
+    logits, routings = model(padded, valid=valid)
+    other, _ = model(torch.where(valid, tokens, 3), valid=valid)
+    assert torch.equal(logits[valid], other[valid])
+    for row, length in enumerate([12, 7, 1]):
+        alone, _ = model(tokens[row : row + 1, :length])
+        torch.testing.assert_close(logits[row, :length], alone[0])
+    assert all(routing.num_tokens == 20 and routing.tokens_per_expert.sum() == 20 for routing in routings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pieces", [[1] * 12, [5, 1, 6]])
+@pytest.mark.parametrize("router", [TopK, Switch, DTSGate])
+def test_cached_logits_equal_uncached_ones(
+    build: Build, tokens: Tensor, router: type[Router], pieces: list[int]
+) -> None:
+    model = build(num_layers=4, router=router).eval()
+    cache = model.new_cache(batch=3)
+    logits = torch.cat([model(piece, cache=cache)[0] for piece in tokens.split(pieces, dim=1)], dim=1)
+    torch.testing.assert_close(logits, model(tokens)[0])
+
+
+@pytest.mark.parametrize("router", [TopK, DTSGate])
+def test_recomputed_activations_give_the_same_gradients(build: Build, tokens: Tensor, router: type[Router]) -> None:
+    gradients = []
+    for checkpoint_activations in (False, True):
+        model = build(router=router, dropout=0.2, checkpoint_activations=checkpoint_activations)
+        torch.manual_seed(7)
+        language_loss(model, tokens).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert gradient is not None
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=0)
+
+
+def test_recomputation_routes_once_for_the_caller(build: Build, tokens: Tensor) -> None:
+    model = build(checkpoint_activations=True)
+    calls = []
+    model.blocks[1].feed_forward.router.register_forward_hook(lambda *_: calls.append(1))
+    logits, routings = model(tokens)
+    weights = [routing.weight.clone() for routing in routings]
+    logits.sum().backward()
+    assert len(calls) == 2  # forward and recomputation
+    assert len(routings) == 1
+    assert torch.equal(routings[0].weight, weights[0])
+
+
+def test_one_living_expert_computes_what_the_dense_model_computes(build: Build, tokens: Tensor) -> None:
+    sparse, dense = build(), build(moe_every=0)
+    for layer in sparse.moe_layers.values():
+        layer.live_experts = 1
+    torch.testing.assert_close(sparse(tokens)[0], dense(tokens)[0])
+    language_loss(dense, tokens).backward()
+    logits, _ = sparse(tokens[:, :-1])
+    F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    torch.testing.assert_close(sparse.blocks[0].attention.qkv.weight.grad, dense.blocks[0].attention.qkv.weight.grad)
+
+
+def test_bf16_autocast_keeps_the_router_in_fp32(build: Build, tokens: Tensor) -> None:
+    model = build(num_layers=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, routings = model(tokens)
+    assert logits.dtype == torch.bfloat16
+    assert all(routing.weight.dtype == torch.float32 for routing in routings)
+    exact, _ = model(tokens)
+    assert (logits.float() - exact).abs().max() < 0.05 * exact.abs().max()
+    logits.float().logsumexp(dim=-1).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.blocks[1].attention.parameters())
+
+
+@torch.no_grad()
+def test_cache_works_under_autocast(build: Build, tokens: Tensor) -> None:
+    model = build(moe_every=0).eval()
+    cache = model.new_cache(batch=3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = torch.cat([model(piece, cache=cache)[0] for piece in tokens.split(4, dim=1)], dim=1)
+        whole, _ = model(tokens)
+    torch.testing.assert_close(logits, whole, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("moe_every", [0, 2])
+def test_compiled_model_equals_eager(build: Build, tokens: Tensor, moe_every: int) -> None:
+    model = build(moe_every=moe_every)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    loss = language_loss(model, tokens)
+    (expected,) = torch.autograd.grad(loss, [model.token_embedding.weight])
+    compiled_loss = language_loss(compiled, tokens)
+    (gradient,) = torch.autograd.grad(compiled_loss, [model.token_embedding.weight])
+    torch.testing.assert_close(compiled_loss, loss)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"d_model": 30, "num_heads": 4}, "d_model=30 is not divisible by num_heads=4"),
+        ({"num_heads": 0}, "num_heads=0: expected at least 1"),
+        ({"num_experts": 0}, "num_experts=0: expected at least 1"),
+        ({"moe_every": 3}, "moe_every=3 leaves no MoE layer among num_layers=2"),
+        ({"moe_every": -1}, "moe_every=-1"),
+        ({"router": None}, "router=None with moe_every=2"),
+        ({"vocab_size": 0}, "vocab_size=0: expected at least 1"),
+        ({"context": 0}, "context=0: expected at least 1"),
+        ({"num_layers": 0}, "num_layers=0: expected at least 1"),
+        ({"d_ff": 0}, "d_ff=0: expected at least 1"),
+        ({"dropout": 1.0}, r"dropout=1.0: expected a probability in \[0, 1\)"),
+        ({"activation": "sine"}, "sine"),
+        ({"router": TrainLeaker}, "TrainLeaker looks at later tokens in training, "),
+        ({"router": EvalLeaker}, "EvalLeaker looks at later tokens in evaluation, .*model.allow_future_leak=true"),
+    ],
+)
+def test_impossible_settings_are_refused(build: Build, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        build(**settings)
+    assert "\n" not in str(error.value)
+
+
+def test_leaking_router_is_accepted_on_request(build: Build) -> None:
+    assert list(build(router=EvalLeaker, allow_future_leak=True).moe_layers) == ["block_1"]
+
+
+def test_dense_model_needs_no_router(build: Build) -> None:
+    assert build(moe_every=0, router=None).moe_layers == {}
+
+
+def test_sequence_longer_than_the_context_is_an_error(build: Build) -> None:
+    with pytest.raises(ConfigError, match="sequence of 17 tokens, but the model's context is 16"):
+        build()(torch.zeros(1, 17, dtype=torch.long))

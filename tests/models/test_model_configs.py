@@ -1,0 +1,56 @@
+"""The model configs build what they say."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from evomoe.models.gpt import GPT
+from evomoe.routing.switch import Switch
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "model"
+
+
+def build_on_meta(name: str, vocab_size: int, context: int) -> GPT:
+    """Build the model of a config without allocating its weights."""
+    config = OmegaConf.create({"data": {"context": context}, "router": {"gate": None}})
+    config.model = OmegaConf.load(CONFIGS / f"{name}.yaml")
+    config.model.vocab_size = vocab_size
+    with torch.device("meta"):
+        return instantiate(config.model, router=functools.partial(Switch))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_key_is_an_argument_with_a_comment(path: Path) -> None:
+    config = OmegaConf.load(path)
+    arguments = GPT.__init__.__annotations__.keys() - {"return"}
+    assert set(config) == arguments | {"_target_"}
+    lines = path.read_text().splitlines()
+    for key in arguments:
+        (index,) = [index for index, line in enumerate(lines) if line.startswith(f"{key}:")]
+        assert lines[index - 1].startswith("# ")
+
+
+@pytest.mark.parametrize("name", ["gpt_tiny", "gpt_mini", "gpt_small", "gpt_medium"])
+def test_config_builds(name: str) -> None:
+    model = build_on_meta(name, vocab_size=1000, context=128)
+    assert model.context == 128
+    assert len(model.moe_layers) == model.num_layers // 2
+
+
+def test_medium_has_the_sizes_of_the_paper() -> None:
+    model = build_on_meta("gpt_medium", vocab_size=32768, context=1024)
+    width, layers, experts, context = 1024, 24, 16, 1024
+    expert = 8 * width**2 + 5 * width
+    block = 4 * width**2 + 4 * width + 4 * width  # attention and two norms
+    router = experts * width
+    shared = 32768 * width + context * width + layers * block + 2 * width + layers // 2 * (expert + router)
+    assert model.num_parameters() == shared + layers // 2 * experts * expert
+    assert model.num_active_parameters() == shared + layers // 2 * expert
+    assert model.num_active_parameters() == pytest.approx(335e6, rel=0.01)
+    assert model.num_parameters() == pytest.approx(1.85e9, rel=0.01)

@@ -133,6 +133,9 @@ class Router(nn.Module, ABC):
     causal_in_eval: bool = True
     """The same in eval mode."""
 
+    loss_names: tuple[str, ...] = ()
+    """Names of the auxiliary losses that every routing of this router carries."""
+
     rules_differ: bool = False
     """Whether ``final_rule`` changes the routing at the present schedule values, so that both are worth evaluating."""
 
@@ -145,8 +148,8 @@ class Router(nn.Module, ABC):
     def forward(self, inputs: RoutingInput) -> Routing:
         """Route ``inputs``; see the class of the returned routing for its shapes."""
 
-    def set_schedule(self, values: ScheduleValues) -> None:  # noqa: B027  most routers have no schedule
+    def set_schedule(self, values: ScheduleValues) -> None:
         """Receive the values of the schedule at the current optimizer step, before each training batch."""
 
-    def reset_parameters(self) -> None:  # noqa: B027  a router may have no parameters
+    def reset_parameters(self) -> None:
         """Draw the gate's initial parameters from the global random generator."""

@@ -47,6 +47,7 @@ class DTSGate(Router):
         init: initialisation of the gate, see ``LinearGate`` (the released code: PyTorch's default; ours: scaled).
     """
 
+    loss_names = ("balance",)
     temperature: Tensor
     noise_scale: Tensor
 

@@ -44,6 +44,8 @@ class TopK(Router):
         init: initialisation of the gate, see ``LinearGate``.
     """
 
+    loss_names = ("balance", "z")
+
     def __init__(
         self,
         d_model: int,

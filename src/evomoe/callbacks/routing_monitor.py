@@ -1,0 +1,57 @@
+"""Logs what the routers do, from the routings that the training step returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from evomoe.routing import SparseRouting
+from evomoe.routing.metrics import brief_metrics
+
+
+class RoutingMonitor(L.Callback):
+    """Logs ``moe/<layer>/...`` and the mean number of active experts.
+
+    Per MoE layer: ``active_experts`` (assignments per real token), ``rows`` (rows that the experts computed, per real
+    token), ``load_max_violation``, ``router_entropy``, ``dropped``. Over all layers: ``moe/active_experts``. In
+    TensorBoard also a histogram of the load, where ``histograms`` is set.
+
+    Args:
+        every_n_steps: optimizer steps between two logs; None for the trainer's ``log_every_n_steps``.
+        histograms: also log the tokens of each expert as a histogram.
+    """
+
+    def __init__(self, every_n_steps: int | None = None, histograms: bool = False) -> None:
+        self.every_n_steps = every_n_steps
+        self.histograms = histograms
+        self._logged = 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the routings of the batch, when it is a step to log."""
+        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        step = trainer.global_step
+        if step % every or step == self._logged:  # the latter: further batches of one accumulation window
+            return
+        self._logged = step
+        layers = list(pl_module.model.moe_layers)  # type: ignore[union-attr,arg-type]
+        metrics: dict[str, Tensor] = {}
+        active = []
+        for layer, routing in zip(layers, outputs["routings"], strict=True):
+            if not isinstance(routing, SparseRouting):
+                continue
+            brief = brief_metrics(routing)
+            brief["rows"] = routing.token.numel() / routing.num_tokens.clamp(min=1)
+            active.append(brief["active_experts"])
+            metrics.update({f"moe/{layer}/{name}": value.float() for name, value in brief.items()})
+            if self.histograms and isinstance(trainer.logger, TensorBoardLogger):
+                share = routing.tokens_per_expert / routing.num_tokens.clamp(min=1)
+                trainer.logger.experiment.add_histogram(f"moe/{layer}/load", share, trainer.global_step)
+        if active:
+            metrics["moe/active_experts"] = torch.stack(active).mean()
+        pl_module.log_dict(metrics)

@@ -1,0 +1,33 @@
+"""Shows what the model writes, beside the curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from evomoe.models.generation import generate
+
+
+class TextSamples(L.Callback):
+    """Writes greedy continuations of fixed prompts to TensorBoard's text page after each validation.
+
+    Args:
+        prompts: the beginnings.
+        max_new_tokens: length of a continuation.
+    """
+
+    def __init__(self, prompts: Sequence[str], max_new_tokens: int = 40) -> None:
+        self.prompts = list(prompts)
+        self.max_new_tokens = max_new_tokens
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Generate and log; the training's random state is not touched."""
+        if not isinstance(trainer.logger, TensorBoardLogger) or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        prompts = [tokenizer.encode(prompt) for prompt in self.prompts]
+        written = generate(pl_module.model, prompts, self.max_new_tokens, temperature=0.0)  # type: ignore[arg-type]
+        lines = [f"    {tokenizer.decode(tokens)}".replace("\n", "\n    ") for tokens in written.tokens]
+        trainer.logger.experiment.add_text("samples", "\n\n---\n\n".join(lines), trainer.global_step)

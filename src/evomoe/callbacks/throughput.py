@@ -1,0 +1,60 @@
+"""Logs speed and the training FLOPs spent so far."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+
+from evomoe.models.flops import TRAINING_FACTOR
+from evomoe.routing import SparseRouting
+
+
+class Throughput(L.Callback):
+    """Logs ``throughput/tokens_per_second`` and ``throughput/training_flops`` every ``log_every_n_steps``.
+
+    The FLOPs are charged by the rows that the experts really computed (forward pass times three), on this process, and
+    go on counting in a resumed run. Time spent in validation and in saving is not part of the speed.
+    """
+
+    def __init__(self) -> None:
+        self.training_flops = 0.0
+        self._tokens = 0
+        self._seconds = 0.0
+        self._started = 0.0
+        self._logged = 0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Start the clock of one batch."""
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Charge one batch, and log when it is a step to log."""
+        sequences, length = batch["tokens"].shape
+        tokens = sequences * (length - 1)
+        routings = outputs["routings"]
+        rows = [routing.token.numel() / tokens if isinstance(routing, SparseRouting) else 1.0 for routing in routings]
+        per_token = pl_module.model.flops_per_token(length - 1, rows)  # type: ignore[union-attr,operator]
+        self.training_flops += TRAINING_FACTOR * per_token * tokens
+        self._tokens += tokens
+        self._seconds += time.perf_counter() - self._started
+        step = trainer.global_step
+        if step % trainer.log_every_n_steps or step == self._logged:  # type: ignore[attr-defined]
+            return
+        self._logged = step
+        pl_module.log("throughput/tokens_per_second", self._tokens / self._seconds)
+        pl_module.log("throughput/training_flops", self.training_flops)
+        self._tokens, self._seconds = 0, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The FLOPs spent so far."""
+        return {"training_flops": self.training_flops}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.training_flops = state_dict["training_flops"]

@@ -1,0 +1,250 @@
+"""What the entry points do: build everything from a configuration, fit, test, and say what came out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
+from rich.table import Table
+
+from evomoe.callbacks import Evolution, RunSummary, SafeCheckpoint, print_closing
+from evomoe.checkpointing import VerifiedCheckpointIO, find_checkpoint
+from evomoe.cli import instantiate
+from evomoe.data.tokenizer import Tokenizer
+from evomoe.errors import ConfigError
+from evomoe.models.generation import generate, trace_experts
+
+ALLOWED_TARGETS = ("evomoe.", "lightning.", "torch.")
+"""Packages whose classes a checkpoint's configuration may name: a file must not choose what else is called."""
+
+
+def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
+    """Fit a model, measure it on the test split, and print what happened.
+
+    Returns:
+        The last value of every metric, and the objects of the run by name.
+    """
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    with open_dict(config):
+        config.paths.cache_dir = str(Path(config.paths.cache_dir).expanduser())
+    resume_from = _find_resume(config)
+
+    data = instantiate(config.data)
+    data.prepare_data()
+    data.setup("fit")
+    with open_dict(config):
+        config.model.vocab_size = data.vocab_size
+    L.seed_everything(config.seed, workers=True, verbose=False)  # building a corpus draws nothing that the model sees
+    task = instantiate(config.task, model=instantiate(config.model))
+    if config.compile:
+        task.model.compile()
+
+    callbacks = [instantiate(node) for node in (config.callbacks or {}).values() if node is not None]
+    if config.evolution is not None:
+        callbacks.insert(0, instantiate(config.evolution))
+    plain_config = OmegaConf.to_container(config, resolve=True)
+    for callback in callbacks:
+        if isinstance(callback, SafeCheckpoint):
+            callback.config = plain_config
+    logger = instantiate(config.logger) if config.logger else False
+    trainer = instantiate(config.trainer, callbacks=callbacks, logger=logger, plugins=[VerifiedCheckpointIO()])
+
+    rank_zero_info(data.describe())
+    rank_zero_info(
+        f"Model: {task.model.num_parameters() / 1e6:.2f}M parameters, "
+        f"{task.model.num_active_parameters() / 1e6:.2f}M active with one expert a token"
+    )
+    if resume_from is not None:
+        rank_zero_info(f"Resuming from {resume_from}")
+    trainer.fit(task, datamodule=data, ckpt_path=resume_from)
+    metrics = dict(trainer.callback_metrics)
+    if config.test and not trainer.interrupted:
+        trainer.test(task, datamodule=data, verbose=False)
+        metrics.update(trainer.callback_metrics)
+    values = {name: float(value) for name, value in metrics.items()}
+    objects = {"config": config, "data": data, "task": task, "trainer": trainer, "callbacks": callbacks}
+    _close(trainer, values)
+    return values, objects
+
+
+def _close(trainer: L.Trainer, values: dict[str, float]) -> None:
+    if not trainer.is_global_zero:
+        return
+    for summary in (callback for callback in trainer.callbacks if isinstance(callback, RunSummary)):
+        print_closing(summary, trainer, values)
+
+
+def _find_resume(config: DictConfig) -> Path | None:
+    """The checkpoint to go on from, by ``ckpt_path`` or ``resume=auto``."""
+    if config.resume not in (None, "auto"):
+        raise ConfigError(f"resume={config.resume}: expected auto or null; a file is given by ckpt_path")
+    if config.ckpt_path is not None:
+        return resolve_checkpoint(config.ckpt_path, Path(config.paths.log_dir) / config.experiment_name)
+    if config.resume == "auto":
+        return find_checkpoint(Path(config.paths.run_dir), "last")
+    return None
+
+
+def resolve_checkpoint(given: str, logs: Path) -> Path:
+    """A checkpoint file, from what a user may write.
+
+    Args:
+        given: a file, a run's folder, or ``last`` for the newest whole checkpoint below ``logs``.
+        logs: folder of runs.
+    """
+    if given == "last":
+        runs = {path.parent.parent for path in logs.glob("**/checkpoints/*.ckpt")}
+        for run in sorted(runs, key=lambda run: run.stat().st_mtime, reverse=True):
+            found = find_checkpoint(run, "last")
+            if found is not None:
+                return found
+        raise ConfigError(f"ckpt_path=last: there is no whole checkpoint below {logs}; train first, or give a file")
+    path = Path(given).expanduser()
+    if path.is_dir():
+        found = find_checkpoint(path, "last")
+        if found is None:
+            raise ConfigError(f"ckpt_path={given}: there is no whole checkpoint in this folder")
+        return found
+    if not path.is_file():
+        raise ConfigError(f"ckpt_path={given}: there is no such file or folder; `last` means the newest one")
+    return path
+
+
+@dataclass
+class Restored:
+    """A trained task, ready to be used.
+
+    Args:
+        path: the checkpoint.
+        config: the configuration that it was trained with.
+        task: with its weights, and its routers set to the checkpoint's step.
+        tokenizer: of its data.
+        step: optimizer steps it was trained for.
+    """
+
+    path: Path
+    config: DictConfig
+    task: L.LightningModule
+    tokenizer: Tokenizer
+    step: int
+
+
+def restore(ckpt_path: str, log_dir: str = "logs", overrides: list[str] | None = None) -> Restored:
+    """Load a checkpoint; neither its corpus nor its run's folder is needed.
+
+    Args:
+        ckpt_path: a file, a run's folder, or ``last``.
+        log_dir: where ``last`` looks.
+        overrides: changes to the checkpoint's configuration, ``key=value``.
+    """
+    path = resolve_checkpoint(ckpt_path, Path(log_dir))
+    checkpoint = VerifiedCheckpointIO().load_checkpoint(path)
+    config = OmegaConf.create(checkpoint["evomoe"]["config"])
+    _check_targets(config, path)
+    try:
+        config.merge_with_dotlist(overrides or [])
+    except Exception as error:
+        raise ConfigError(f"overrides={overrides}: {' '.join(str(error).split())}") from None
+    _check_targets(config, path)
+    task = instantiate(config.task, model=instantiate(config.model))
+    task.load_state_dict(checkpoint["state_dict"])
+    if config.evolution is not None:
+        evolution: Evolution = instantiate(config.evolution)
+        evolution.load_state_dict(checkpoint["callbacks"][evolution.state_key])
+        evolution.apply(task, checkpoint["global_step"])
+    tokenizer = Tokenizer.from_json(checkpoint[config.data._target_.rpartition(".")[2]]["tokenizer"])
+    return Restored(path, config, task.eval(), tokenizer, checkpoint["global_step"])
+
+
+def _check_targets(node: Any, path: Path) -> None:
+    """Refuse a configuration from a file that would call anything outside the allowed packages."""
+    plain = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+    if isinstance(plain, dict):
+        target = plain.get("_target_")
+        if target is not None and not str(target).startswith(ALLOWED_TARGETS):
+            raise ConfigError(f"{path} names the target {target}: expected one of {', '.join(ALLOWED_TARGETS)}*")
+        for value in plain.values():
+            _check_targets(value, path)
+    elif isinstance(plain, list):
+        for value in plain:
+            _check_targets(value, path)
+
+
+def evaluate(config: DictConfig) -> dict[str, float]:
+    """Measure a checkpoint on a split of its data, under both routing rules."""
+    if config.split not in ("val", "test"):
+        raise ConfigError(f"split={config.split}: expected val or test")
+    restored = restore(config.ckpt_path, config.log_dir, list(config.overrides))
+    data = instantiate(restored.config.data)
+    data.prepare_data()
+    data.setup()
+    trainer = L.Trainer(
+        accelerator=config.accelerator,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        limit_val_batches=config.limit_batches,
+        limit_test_batches=config.limit_batches,
+        use_distributed_sampler=False,
+        default_root_dir=str(restored.path.parent),
+    )
+    measure = trainer.validate if config.split == "val" else trainer.test
+    measure(restored.task, datamodule=data, verbose=False)
+    values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    table = Table(title=f"{restored.path}, step {restored.step}, {config.split} split")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in values.items():
+        table.add_row(name, f"{value:.4f}")
+    Console().print(table)
+    return values
+
+
+def write(config: DictConfig) -> list[str]:
+    """Continue prompts with a checkpoint's model; on request say which experts each token used."""
+    prompts = [config.prompt] if isinstance(config.prompt, str) else list(config.prompt or [])
+    if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
+        raise ConfigError('prompt is empty: expected prompt="def " or prompt=["one","two"]')
+    restored = restore(config.ckpt_path, config.log_dir)
+    model = restored.task.model
+    device = torch.device(config.device)
+    model.to(device)
+    encoded = [restored.tokenizer.encode(prompt) for prompt in prompts]
+    generation = generate(
+        model,
+        encoded,
+        config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+        stop_id=restored.tokenizer.end_of_text_id,
+    )
+    texts = [restored.tokenizer.decode(tokens) for tokens in generation.tokens]
+    console = Console(highlight=False, markup=False)
+    for text in texts:
+        console.rule()
+        console.print(text)
+    if config.show_experts:
+        for tokens, traced in zip(generation.tokens, trace_experts(model, generation.tokens), strict=True):
+            console.print(_expert_table(restored.tokenizer, tokens, traced))
+    return texts
+
+
+def _expert_table(tokenizer: Tokenizer, tokens: list[int], traced: dict[str, list[list[tuple[int, float]]]]) -> Table:
+    """One row per token, one column per MoE layer, ``expert:weight`` in the cells."""
+    table = Table("token", *traced)
+    for position, token in enumerate(tokens):
+        cells = [
+            " ".join(f"{expert}:{weight:.2f}" for expert, weight in layers[position]) for layers in traced.values()
+        ]
+        table.add_row(json.dumps(tokenizer.decode([token]), ensure_ascii=False), *cells)
+    return table

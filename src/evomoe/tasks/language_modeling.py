@@ -1,0 +1,136 @@
+"""Causal language modelling: predict the next token.
+
+Shapes: B batch, S sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from evomoe.errors import ConfigError
+from evomoe.models.gpt import GPT
+from evomoe.routing import Routing
+from evomoe.tasks.optimization import Optimization
+
+IGNORED = -100
+
+
+class LanguageModeling(L.LightningModule):
+    """Trains a :class:`GPT` on batches ``{"tokens": (B, S + 1)}``, and ``"valid": (B, S)`` where there is padding.
+
+    The optimized loss is the mean cross-entropy plus, for every MoE layer, its auxiliary losses times their
+    coefficients. Logged as ``train/loss`` is the cross-entropy alone; each auxiliary loss has a key of its own with its
+    mean over the MoE layers. Validation and test measure two rules: ``val/loss`` routes as training does, without
+    noise; ``val/loss_sparse`` by the router's final sparse rule.
+
+    Args:
+        model: the network.
+        optimization: optimizer and learning-rate schedule.
+        loss_coefficients: factor of each auxiliary loss by its name; losses that are not named count with 0.
+    """
+
+    def __init__(
+        self, model: GPT, optimization: Optimization, loss_coefficients: Mapping[str, float] | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.optimization = optimization
+        self.loss_coefficients = dict(loss_coefficients or {})
+        for layer in model.moe_layers.values():
+            for name, coefficient in self.loss_coefficients.items():
+                if coefficient != 0 and name not in layer.router.loss_names:
+                    known = ", ".join(layer.router.loss_names) or "none"
+                    raise ConfigError(
+                        f"router.loss_coefficients.{name}={coefficient}: {type(layer.router).__name__} has no such loss "
+                        f"(it has: {known}); name one of them or set the coefficient to 0"
+                    )
+        self.mean_loss = torch.nn.ModuleDict(
+            {f"{split}_{rule}": MeanMetric() for split in ("val", "test") for rule in ("loss", "loss_sparse")}
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits ``(B, S, V)`` of tokens ``(B, S)``."""
+        return self.model(tokens)[0]
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """One forward pass; returns the optimized loss and the routings for the callbacks."""
+        loss, routings = self._cross_entropy(batch)
+        self.log("train/loss", loss, prog_bar=True)
+        total = loss
+        for name, value in sum_losses(routings).items():
+            total = total + self.loss_coefficients.get(name, 0.0) * value
+            self.log(f"train/loss_{name}", value / len(routings))
+        return {"loss": total, "routings": [routing.detach() for routing in routings]}
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Accumulate the loss under both rules."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Accumulate the loss under both rules."""
+        self._evaluate("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean loss over all tokens, and perplexities."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the mean loss over all tokens, and perplexities."""
+        self._log_evaluation("test")
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with its schedule, stepped once per optimizer step."""
+        optimizer = self.optimization.optimizer(self)
+        scheduler = self.optimization.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _cross_entropy(self, batch: dict[str, Tensor], final_rule: bool = False) -> tuple[Tensor, list[Routing]]:
+        tokens, valid = batch["tokens"], batch.get("valid")
+        logits, routings = self.model(tokens[:, :-1], valid=valid, final_rule=final_rule)  # (B, S, V)
+        targets = tokens[:, 1:] if valid is None else tokens[:, 1:].masked_fill(~valid, IGNORED)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+        return loss, routings
+
+    def _evaluate(self, split: str, batch: dict[str, Tensor]) -> None:
+        valid = batch.get("valid")
+        count = batch["tokens"][:, 1:].numel() if valid is None else valid.sum()
+        loss, _ = self._cross_entropy(batch)
+        self.mean_loss[f"{split}_loss"].update(loss, count)
+        if self._rules_differ():
+            loss, _ = self._cross_entropy(batch, final_rule=True)
+        self.mean_loss[f"{split}_loss_sparse"].update(loss, count)
+
+    def _rules_differ(self) -> bool:
+        layers = self.model.moe_layers.values()
+        return any(layer.live_experts > 1 and layer.router.rules_differ for layer in layers)
+
+    def _log_evaluation(self, split: str) -> None:
+        units = self.trainer.datamodule.units(split)  # type: ignore[attr-defined]
+        for rule in ("loss", "loss_sparse"):
+            metric = self.mean_loss[f"{split}_{rule}"]
+            loss = metric.compute()
+            metric.reset()
+            self.log(f"{split}/{rule}", loss, prog_bar=rule == "loss", sync_dist=False)
+            suffix = rule.removeprefix("loss")
+            self.log(f"{split}/perplexity{suffix}", loss.exp())
+            if rule == "loss":
+                # Independent of the tokenizer: the same total surprise, shared among words or bytes.
+                self.log(f"{split}/perplexity_word", (loss * units["tokens"] / units["words"]).exp())
+                self.log(f"{split}/bits_per_byte", loss * units["tokens"] / units["bytes"] / math.log(2))
+
+
+def sum_losses(routings: list[Routing]) -> dict[str, Tensor]:
+    """Auxiliary losses by name, summed over the layers (the convention of the EvoMoE code)."""
+    total: dict[str, Tensor] = {}
+    for routing in routings:
+        for name, value in routing.losses.items():
+            total[name] = total[name] + value if name in total else value
+    return total

@@ -1,0 +1,79 @@
+"""Optimizer and learning-rate schedule that the tasks share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from evomoe.errors import ConfigError
+from evomoe.moe import MoELayer
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """AdamW with warm-up and cosine decay.
+
+    Args:
+        learning_rate: peak.
+        min_ratio: final learning rate as a share of the peak.
+        warmup: optimizer steps (int) or share of the run (float in [0, 1]) of the linear warm-up.
+        weight_decay: decoupled; not applied to norms, biases and routers.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: of Adam's denominator.
+    """
+
+    learning_rate: float = 1e-3
+    min_ratio: float = 0.1
+    warmup: int | float = 0.05
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate={self.learning_rate}: expected a value above 0")
+        if not 0 <= self.min_ratio <= 1:
+            raise ConfigError(f"min_ratio={self.min_ratio}: expected a share of the peak learning rate in [0, 1]")
+        if self.warmup < 0 or (isinstance(self.warmup, float) and self.warmup > 1):
+            raise ConfigError(f"warmup={self.warmup}: expected steps >= 0, or a share of the run in [0, 1]")
+
+    def optimizer(self, module: nn.Module) -> torch.optim.AdamW:
+        """AdamW over ``module``'s parameters in two groups; fused kernels, which differ in speed only."""
+        decayed, plain = parameter_groups(module)
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        return torch.optim.AdamW(
+            groups, lr=self.learning_rate, betas=(self.beta1, self.beta2), eps=self.eps, fused=True
+        )
+
+    def scheduler(self, optimizer: torch.optim.Optimizer, total: int) -> LambdaLR:
+        """Linear warm-up, then cosine to ``min_ratio`` of the peak at step ``total``."""
+        warmup = round(self.warmup * total) if isinstance(self.warmup, float) else self.warmup
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+            return self.min_ratio + (1 - self.min_ratio) * (1 + math.cos(math.pi * progress)) / 2
+
+        return LambdaLR(optimizer, factor)
+
+
+def parameter_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Split the parameters into those that weight decay shrinks (matrices) and the rest (norms, biases, routers)."""
+    routers = {
+        id(parameter)
+        for layer in module.modules()
+        if isinstance(layer, MoELayer)
+        for parameter in layer.router.parameters()
+    }
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for parameter in module.parameters():
+        (plain if parameter.ndim < 2 or id(parameter) in routers else decayed).append(parameter)
+    return decayed, plain

@@ -131,7 +131,7 @@ class DTSGate(Router):
                 kept = weights * active
                 combine = kept / kept.sum(dim=1, keepdim=True)
             if inputs.valid is not None:
-                active &= inputs.valid[:, None]
+                active = active & inputs.valid[:, None]  # not in place: the backward pass of kept needs it
             token, weight, tokens_per_expert = assign_mask(active, combine)
 
         routing = SparseRouting(

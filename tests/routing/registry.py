@@ -1,0 +1,208 @@
+"""The table of routers: the shared suites, ``test_router_contract.py`` and ``moe/test_layer.py``, run for each row.
+
+A new router needs one row here. ``pytest tests/routing tests/moe -k <id>`` runs the suites for that row alone.
+
+Shapes: T tokens, D model width, E experts.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from evomoe.routing import DenseMoE, DTSGate, ForcedBalance, Router, ScheduleValues, Switch, TopK
+
+ALL = sys.maxsize
+"""Every expert, in ``experts_per_token``."""
+
+
+def set_linear_gate(router: Router, logits: Tensor) -> Tensor:
+    """Make ``router.gate`` return ``logits (T, E)`` for the returned token states, ``(T, D)`` with D = T."""
+    with torch.no_grad():
+        router.gate.weight.copy_(logits.t())
+    return torch.eye(logits.shape[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A router with its options, and what is declared of it.
+
+    Args:
+        id: name of the row in pytest's output.
+        factory: called with ``(d_model, num_experts)``.
+        schedule: values that the router receives once.
+        experts_per_token: fewest and most experts that a token asks for; a bound above E means E.
+        drops: whether a capacity may refuse some of them.
+        min_experts: smallest E that the options allow.
+        balanced_losses: value of each loss for a balanced batch, whose tokens have the same logits up to a rotation of
+            the experts. Called with the logits of one token in falling order, ``(E,)``.
+        inert_losses: losses without any gradient at these options.
+        set_logits: makes the gate return given logits, see ``set_linear_gate``.
+        permutes_experts: whether renaming the experts renames the routing and changes nothing else.
+        permutes_tokens: whether a token's routing depends on its own state only.
+    """
+
+    id: str
+    factory: Callable[[int, int], Router]
+    schedule: ScheduleValues = field(default_factory=ScheduleValues)
+    experts_per_token: tuple[int, int]
+    drops: bool = False
+    min_experts: int = 1
+    balanced_losses: dict[str, Callable[[Tensor], float | Tensor]] = field(default_factory=dict)
+    inert_losses: tuple[str, ...] = ()
+    set_logits: Callable[[Router, Tensor], Tensor] = set_linear_gate
+    permutes_experts: bool = True
+    permutes_tokens: bool = True
+
+    def build(self, d_model: int, num_experts: int, seed: int = 0) -> Router:
+        """The router of this row, its parameters drawn from ``seed``."""
+        torch.manual_seed(seed)
+        router = self.factory(d_model, num_experts)
+        router.set_schedule(self.schedule)
+        return router
+
+    def bounds(self, num_experts: int) -> tuple[int, int]:
+        """Fewest and most experts that a token asks for, of ``num_experts``."""
+        least, most = self.experts_per_token
+        return min(least, num_experts), min(most, num_experts)
+
+
+def one(logits: Tensor) -> float:
+    """The balance loss of the Switch family."""
+    return 1.0
+
+
+def squared_log_partition(logits: Tensor) -> float:
+    """The z-loss."""
+    return math.log(sum(math.exp(logit) for logit in logits.tolist())) ** 2
+
+
+def dts_balance(temperature: float, threshold: float = 1e-3, kept_mass: bool = True) -> Callable[[Tensor], float]:
+    """K active experts times their mass: each works for K / E of the tokens, with a mean weight of mass / E."""
+
+    def value(logits: Tensor) -> float:
+        scores = torch.softmax(logits.double() / temperature, dim=0)
+        active = scores[scores > threshold]
+        return active.numel() * float(active.sum() if kept_mass else 1)
+
+    return value
+
+
+def hardened_balance(temperature: float, top_k: int) -> Callable[[Tensor], float]:
+    """The same with ``top_k`` active experts."""
+    return lambda logits: top_k * float(torch.softmax(logits.double() / temperature, dim=0)[:top_k].sum())
+
+
+SWITCH_LOSSES = {"balance": one, "z": squared_log_partition}
+
+DENSE_REGIME = ScheduleValues(temperature=2.0)
+ADAPTIVE_REGIME = ScheduleValues(temperature=0.3)
+HARDENED = ScheduleValues(temperature=0.3, hardened=True)
+
+ROWS = (
+    Row(id="dense_moe", factory=DenseMoE, experts_per_token=(ALL, ALL)),
+    Row(
+        id="forced_balance",
+        factory=functools.partial(ForcedBalance, top_k=2),
+        experts_per_token=(2, 2),
+        min_experts=2,
+        permutes_experts=False,
+        permutes_tokens=False,
+    ),
+    Row(
+        id="switch",
+        factory=functools.partial(Switch, capacity_factor=1.0, eval_capacity_factor=1.25),
+        experts_per_token=(1, 1),
+        drops=True,
+        balanced_losses=SWITCH_LOSSES,
+        permutes_tokens=False,
+    ),
+    Row(
+        id="switch_dropless",
+        factory=functools.partial(Switch, capacity_factor=None, jitter=0.0),
+        experts_per_token=(1, 1),
+        balanced_losses=SWITCH_LOSSES,
+    ),
+    Row(
+        id="top2",
+        factory=functools.partial(TopK, top_k=2),
+        experts_per_token=(2, 2),
+        min_experts=2,
+        balanced_losses=SWITCH_LOSSES,
+    ),
+    Row(
+        id="top2_capacity_token",
+        factory=functools.partial(TopK, top_k=2, renormalize=False, capacity_factor=1.0, eval_capacity_factor=1.0),
+        experts_per_token=(2, 2),
+        drops=True,
+        min_experts=2,
+        balanced_losses=SWITCH_LOSSES,
+        permutes_tokens=False,
+    ),
+    Row(
+        id="top2_capacity_choice",
+        factory=functools.partial(TopK, top_k=2, capacity_factor=1.0, eval_capacity_factor=1.0, priority="choice"),
+        experts_per_token=(2, 2),
+        drops=True,
+        min_experts=2,
+        balanced_losses=SWITCH_LOSSES,
+        permutes_tokens=False,
+    ),
+    Row(
+        id="dts_dense",
+        factory=DTSGate,
+        schedule=DENSE_REGIME,
+        experts_per_token=(1, ALL),
+        balanced_losses={"balance": dts_balance(2.0)},
+        inert_losses=("balance",),
+    ),
+    Row(
+        id="dts_adaptive",
+        factory=DTSGate,
+        schedule=ADAPTIVE_REGIME,
+        experts_per_token=(1, ALL),
+        balanced_losses={"balance": dts_balance(0.3)},
+    ),
+    Row(
+        id="dts_cold",
+        factory=DTSGate,
+        schedule=ScheduleValues(temperature=0.1),
+        experts_per_token=(1, ALL),
+        balanced_losses={"balance": dts_balance(0.1)},
+    ),
+    Row(
+        id="dts_clean_weights",
+        factory=functools.partial(DTSGate, weights="clean", balance_probability="full", threshold=0.05),
+        schedule=ADAPTIVE_REGIME,
+        experts_per_token=(1, ALL),
+        balanced_losses={"balance": dts_balance(0.3, threshold=0.05, kept_mass=False)},
+    ),
+    Row(
+        id="dts_renormalized",
+        factory=functools.partial(DTSGate, renormalize=True, threshold=0.05, balance_probability="full"),
+        schedule=ADAPTIVE_REGIME,
+        experts_per_token=(1, ALL),
+        balanced_losses={"balance": dts_balance(0.3, threshold=0.05, kept_mass=False)},
+    ),
+    Row(
+        id="dts_hardened_top1",
+        factory=DTSGate,
+        schedule=HARDENED,
+        experts_per_token=(1, 1),
+        balanced_losses={"balance": hardened_balance(0.3, 1)},
+    ),
+    Row(
+        id="dts_hardened_top2",
+        factory=functools.partial(DTSGate, final_top_k=2, noise_after_hardening=False),
+        schedule=HARDENED,
+        experts_per_token=(2, 2),
+        min_experts=2,
+        balanced_losses={"balance": hardened_balance(0.3, 2)},
+    ),
+)

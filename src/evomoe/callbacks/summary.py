@@ -19,12 +19,14 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from evomoe.callbacks.status import phase_of, shorten
+from evomoe.checkpointing import newest_checkpoint
 from evomoe.models.flops import TRAINING_FACTOR
 from evomoe.routing import Routing, SoftRouting
 
@@ -245,24 +247,30 @@ def table_of(values: Mapping[str, Any]) -> list[list[str]]:
 
 
 def print_closing(
-    summary: RunSummary, checkpoint: str | Path | None, log_dir: str | Path, console: Console | None = None
+    summary: RunSummary, trainer: L.Trainer, values: Mapping[str, float], console: Console | None = None
 ) -> None:
-    """Print the table of the run, where its results lie, and the command that shows its curves.
+    """Print the table of the run, its test metrics, where its files lie, and the command that shows its curves.
 
     Args:
         summary: callback of the run.
-        checkpoint: the checkpoint to go on with; None if none was kept.
-        log_dir: folder of the run.
+        trainer: of the run.
+        values: last value of every metric by name; those under ``test/`` are printed.
         console: where to print; stdout by default.
     """
     console = console or Console()
     console.print(summary.render())
-    lines = [("run folder", _shown(log_dir)), ("curves", f"{_tensorboard()} --logdir {_shown(log_dir)}")]
-    if checkpoint is not None:
-        lines.insert(0, ("checkpoint", _shown(checkpoint)))
-    for title, text in lines:
-        # One unbroken line each: it is there to be copied.
-        console.print(f"{title:<12}{text}", soft_wrap=True, markup=False, highlight=False)
+    folder = Path(trainer.default_root_dir)
+    test = [f"{name.removeprefix('test/')} {value:.4f}" for name, value in values.items() if name.startswith("test/")]
+    checkpoint = newest_checkpoint(folder)
+    lines = {
+        "test": ", ".join(test),
+        "checkpoint": _shown(checkpoint) if checkpoint else "",
+        "run folder": _shown(folder),
+        "curves": f"{_tensorboard()} --logdir {_shown(folder)}" if _has_tensorboard(trainer) else "",
+    }
+    for title, text in lines.items():
+        if text:  # one unbroken line each: it is there to be copied
+            console.print(f"{title:<12}{text}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _shown(path: str | Path) -> str:
@@ -270,6 +278,10 @@ def _shown(path: str | Path) -> str:
     relative = os.path.relpath(path)
     text = str(path) if relative.startswith("..") else relative
     return shlex.quote(text)
+
+
+def _has_tensorboard(trainer: L.Trainer) -> bool:
+    return any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
 
 
 def _tensorboard() -> str:

@@ -83,7 +83,7 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
 
 def explain(error: Exception, overrides: Sequence[str], config_dir: Path, config_name: str) -> str:
     """One line for a composition error of Hydra or OmegaConf."""
-    text = str(error)
+    text = str(error) or str(error.__cause__)
     missing = re.search(r"Could not find '([^']+)/([^'/]+)'", text) or re.search(
         r"In '.*': Could not find '(.+)'", text
     )

@@ -14,12 +14,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
 
-from evomoe.callbacks import Evolution, RunSummary, SafeCheckpoint, print_closing
-from evomoe.checkpointing import VerifiedCheckpointIO, find_checkpoint
+from evomoe.callbacks import Evolution, RandomState, RunSummary, SafeCheckpoint, print_closing
+from evomoe.checkpointing import VerifiedCheckpointIO, find_checkpoint, load_checkpoint, newest_checkpoint
 from evomoe.cli import instantiate
 from evomoe.data.tokenizer import Tokenizer
 from evomoe.errors import ConfigError
-from evomoe.models.generation import generate, trace_experts
+from evomoe.models.generation import Generation, generate
 
 ALLOWED_TARGETS = ("evomoe.", "lightning.", "torch.")
 """Packages whose classes a checkpoint's configuration may name: a file must not choose what else is called."""
@@ -49,6 +49,7 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     callbacks = [instantiate(node) for node in (config.callbacks or {}).values() if node is not None]
     if config.evolution is not None:
         callbacks.insert(0, instantiate(config.evolution))
+    callbacks.insert(0, RandomState())  # before the others, whose draws are part of the run that a resume repeats
     plain_config = OmegaConf.to_container(config, resolve=True)
     for callback in callbacks:
         if isinstance(callback, SafeCheckpoint):
@@ -88,7 +89,7 @@ def _find_resume(config: DictConfig) -> Path | None:
     if config.ckpt_path is not None:
         return resolve_checkpoint(config.ckpt_path, Path(config.paths.log_dir) / config.experiment_name)
     if config.resume == "auto":
-        return find_checkpoint(Path(config.paths.run_dir), "last")
+        return newest_checkpoint(Path(config.paths.run_dir))
     return None
 
 
@@ -96,22 +97,17 @@ def resolve_checkpoint(given: str, logs: Path) -> Path:
     """A checkpoint file, from what a user may write.
 
     Args:
-        given: a file, a run's folder, or ``last`` for the newest whole checkpoint below ``logs``.
+        given: a file, a run's folder, or ``last`` or ``best`` for that of the run below ``logs`` which saved last.
         logs: folder of runs.
     """
-    if given == "last":
-        runs = {path.parent.parent for path in logs.glob("**/checkpoints/*.ckpt")}
-        for run in sorted(runs, key=lambda run: run.stat().st_mtime, reverse=True):
-            found = find_checkpoint(run, "last")
-            if found is not None:
-                return found
-        raise ConfigError(f"ckpt_path=last: there is no whole checkpoint below {logs}; train first, or give a file")
+    if given in ("last", "best"):
+        runs = {path.parent.parent: path.stat().st_mtime for path in sorted(logs.glob("**/checkpoints/*.ckpt"))}
+        if not runs:
+            raise ConfigError(f"ckpt_path={given}: there is no checkpoint below {logs}; train first, or give a file")
+        return find_checkpoint(max(runs, key=runs.__getitem__), given)
     path = Path(given).expanduser()
     if path.is_dir():
-        found = find_checkpoint(path, "last")
-        if found is None:
-            raise ConfigError(f"ckpt_path={given}: there is no whole checkpoint in this folder")
-        return found
+        return find_checkpoint(path, "last")
     if not path.is_file():
         raise ConfigError(f"ckpt_path={given}: there is no such file or folder; `last` means the newest one")
     return path
@@ -145,7 +141,7 @@ def restore(ckpt_path: str, log_dir: str = "logs", overrides: list[str] | None =
         overrides: changes to the checkpoint's configuration, ``key=value``.
     """
     path = resolve_checkpoint(ckpt_path, Path(log_dir))
-    checkpoint = VerifiedCheckpointIO().load_checkpoint(path)
+    checkpoint = load_checkpoint(path)
     config = OmegaConf.create(checkpoint["evomoe"]["config"])
     _check_targets(config, path)
     try:
@@ -218,7 +214,7 @@ def write(config: DictConfig) -> list[str]:
     device = torch.device(config.device)
     model.to(device)
     encoded = [restored.tokenizer.encode(prompt) for prompt in prompts]
-    generation = generate(
+    written = generate(
         model,
         encoded,
         config.max_new_tokens,
@@ -227,24 +223,25 @@ def write(config: DictConfig) -> list[str]:
         top_p=config.top_p,
         seed=config.seed,
         stop_id=restored.tokenizer.end_of_text_id,
+        return_routing=config.show_experts,
     )
-    texts = [restored.tokenizer.decode(tokens) for tokens in generation.tokens]
+    texts = [restored.tokenizer.decode(sample.prompt + sample.continuation) for sample in written]
     console = Console(highlight=False, markup=False)
-    for text in texts:
+    for text, sample in zip(texts, written, strict=True):
         console.rule()
         console.print(text)
-    if config.show_experts:
-        for tokens, traced in zip(generation.tokens, trace_experts(model, generation.tokens), strict=True):
-            console.print(_expert_table(restored.tokenizer, tokens, traced))
+        if sample.experts is not None:
+            console.print(_expert_table(restored.tokenizer, sample))
     return texts
 
 
-def _expert_table(tokenizer: Tokenizer, tokens: list[int], traced: dict[str, list[list[tuple[int, float]]]]) -> Table:
+def _expert_table(tokenizer: Tokenizer, sample: Generation) -> Table:
     """One row per token, one column per MoE layer, ``expert:weight`` in the cells."""
-    table = Table("token", *traced)
-    for position, token in enumerate(tokens):
-        cells = [
-            " ".join(f"{expert}:{weight:.2f}" for expert, weight in layers[position]) for layers in traced.values()
-        ]
+    layers = sample.experts or {}
+    table = Table("token", *layers)
+    rows = list(zip(*layers.values(), strict=True))
+    tokens = (sample.prompt + sample.continuation)[-len(rows) :]
+    for token, chosen in zip(tokens, rows, strict=True):
+        cells = [" ".join(f"{expert}:{weight:.2f}" for expert, weight in pairs) for pairs in chosen]
         table.add_row(json.dumps(tokenizer.decode([token]), ensure_ascii=False), *cells)
     return table

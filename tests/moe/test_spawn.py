@@ -1,6 +1,7 @@
 """Spawning: what the newborn experts are, and what nothing else may become."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -34,9 +35,9 @@ def snapshot(layer: MoELayer, expert: int) -> dict[str, torch.Tensor]:
 
 
 def spawn_one(
-    layer: MoELayer, seed: int = 0, optimizer: torch.optim.Optimizer | None = None, **options: object
+    layer: MoELayer, seed: int = 0, optimizer: torch.optim.Optimizer | None = None, **options: Any
 ) -> None:
-    spawn_experts([("layer", layer)], Spawn(**options), seed, optimizer)  # type: ignore[arg-type]
+    spawn_experts([("layer", layer)], Spawn(**options), seed, optimizer)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])

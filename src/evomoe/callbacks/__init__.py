@@ -1,1 +1,24 @@
 """Lightning callbacks: evolution, monitoring, progress, and the guards of a run."""
+
+from evomoe.callbacks.checkpoint import SafeCheckpoint
+from evomoe.callbacks.evolution import Evolution
+from evomoe.callbacks.guards import FiniteGuard
+from evomoe.callbacks.progress import EvolutionProgress
+from evomoe.callbacks.random_state import RandomState
+from evomoe.callbacks.routing_monitor import RoutingMonitor
+from evomoe.callbacks.samples import TextSamples
+from evomoe.callbacks.summary import RunSummary, print_closing
+from evomoe.callbacks.throughput import Throughput
+
+__all__ = [
+    "Evolution",
+    "EvolutionProgress",
+    "FiniteGuard",
+    "RandomState",
+    "RoutingMonitor",
+    "RunSummary",
+    "SafeCheckpoint",
+    "TextSamples",
+    "Throughput",
+    "print_closing",
+]

@@ -29,5 +29,6 @@ class TextSamples(L.Callback):
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         prompts = [tokenizer.encode(prompt) for prompt in self.prompts]
         written = generate(pl_module.model, prompts, self.max_new_tokens, temperature=0.0)  # type: ignore[arg-type]
-        lines = [f"    {tokenizer.decode(tokens)}".replace("\n", "\n    ") for tokens in written.tokens]
+        texts = [tokenizer.decode(sample.prompt + sample.continuation) for sample in written]
+        lines = [f"    {text}".replace("\n", "\n    ") for text in texts]  # indented: shown as typed, not as Markdown
         trainer.logger.experiment.add_text("samples", "\n\n---\n\n".join(lines), trainer.global_step)

@@ -25,8 +25,8 @@ class Spawn:
     """How the experts are born.
 
     Args:
-        method: ``mask`` sets a random share of the weights to zero (independently per weight and expert); ``noise`` adds
-            Gaussian noise; ``copy`` clones; ``reinit`` draws a random share of the hidden units anew, with the mean and
+        method: ``mask`` sets a random share of the weights to zero, independently per weight and expert; ``noise``
+            adds Gaussian noise; ``copy`` clones; ``reinit`` draws a random share of the hidden units anew, with the mean and
             deviation of the weights they replace (Drop-Upcycling, arXiv 2502.19261).
         ratio: share of masked weights, share of redrawn units, or the noise's deviation in units of the weight's own.
         rescale: ``mask`` only: divide the surviving weights by ``1 - ratio``.

@@ -39,9 +39,10 @@ class Schedule:
 
     def at(self, step: int) -> float:
         """Value at ``step`` (negative steps count as 0)."""
+        step = max(step, 0)
         if step >= self.length:
             return self.end
-        progress = max(step, 0) / self.length
+        progress = step / self.length
         if self.shape == "exponential":
             return self.start * (self.end / self.start) ** progress
         if self.shape == "cosine":

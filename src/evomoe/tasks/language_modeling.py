@@ -49,8 +49,8 @@ class LanguageModeling(L.LightningModule):
                 if coefficient != 0 and name not in layer.router.loss_names:
                     known = ", ".join(layer.router.loss_names) or "none"
                     raise ConfigError(
-                        f"router.loss_coefficients.{name}={coefficient}: {type(layer.router).__name__} has no such loss "
-                        f"(it has: {known}); name one of them or set the coefficient to 0"
+                        f"router.loss_coefficients.{name}={coefficient}: {type(layer.router).__name__} has no such "
+                        f"loss (it has: {known}); name one of them or set the coefficient to 0"
                     )
         self.mean_loss = torch.nn.ModuleDict(
             {f"{split}_{rule}": MeanMetric() for split in ("val", "test") for rule in ("loss", "loss_sparse")}
@@ -96,8 +96,11 @@ class LanguageModeling(L.LightningModule):
         tokens, valid = batch["tokens"], batch.get("valid")
         logits, routings = self.model(tokens[:, :-1], valid=valid, final_rule=final_rule)  # (B, S, V)
         targets = tokens[:, 1:] if valid is None else tokens[:, 1:].masked_fill(~valid, IGNORED)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
-        return loss, routings
+        total = F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        count = targets.numel() if valid is None else valid.sum().clamp(min=1)  # a batch may be padding throughout
+        return total / count, routings
 
     def _evaluate(self, split: str, batch: dict[str, Tensor]) -> None:
         valid = batch.get("valid")

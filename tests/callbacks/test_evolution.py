@@ -1,0 +1,198 @@
+"""The plan of an evolution, and what the callback makes of it during a run."""
+
+from functools import partial
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from evomoe.callbacks.evolution import Decay, Evolution, EvolutionPlan, moe_layers
+from evomoe.errors import ConfigError
+from evomoe.models.gpt import GPT
+from evomoe.moe import Spawn
+from evomoe.routing import DTSGate, Schedule, Switch
+from evomoe.tasks import LanguageModeling, Optimization
+
+
+class Tokens(L.LightningDataModule):
+    """Sixty-four sequences of a small alphabet."""
+
+    def __init__(self, batch_size: int = 4) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+
+    def train_dataloader(self) -> Any:
+        tokens = torch.randint(0, 30, (64, 9), generator=torch.Generator().manual_seed(0))
+        return torch.utils.data.DataLoader([{"tokens": row} for row in tokens], batch_size=self.batch_size)
+
+    val_dataloader = train_dataloader
+
+    def units(self, split: str) -> dict[str, int]:
+        return {"tokens": 512, "words": 128, "bytes": 1024}
+
+
+class Diary(L.Callback):
+    """Writes down what each batch met."""
+
+    def __init__(self) -> None:
+        self.entries: list[dict[str, Any]] = []
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        (_, layer), *_ = moe_layers(pl_module)
+        evolution = next(callback for callback in trainer.callbacks if isinstance(callback, Evolution))
+        self.entries.append(
+            {
+                "step": trainer.global_step,
+                "phase": evolution.state.phase,
+                "live": layer.live_experts,
+                "active": outputs["routings"][0].active_experts.item(),
+                "temperature": evolution.state.temperature,
+                "unborn_has_gradient": layer.experts.expert_parameters(1)["w_in"].grad is not None,
+            }
+        )
+
+
+def make_task(router: Any = DTSGate) -> LanguageModeling:
+    torch.manual_seed(0)
+    model = GPT(30, 8, 16, 2, 2, num_experts=4, router=partial(router), dropout=0.0)
+    return LanguageModeling(model, Optimization())
+
+
+def run(evolution: Evolution, task: LanguageModeling | None = None, **trainer: Any) -> list[dict[str, Any]]:
+    diary = Diary()
+    options = {"max_steps": 20, "limit_val_batches": 0, **trainer}
+    L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[evolution, diary],
+        **options,
+    ).fit(task or make_task(), datamodule=Tokens())
+    return diary.entries
+
+
+def evolution(**options: Any) -> Evolution:
+    return Evolution(**{"diversify": 5, "harden": 15, "temperature": Decay(2.0, 0.1, 8, "exponential"), **options})
+
+
+def test_a_run_goes_through_its_phases_at_the_planned_steps() -> None:
+    entries = run(evolution())
+    assert [entry["phase"] for entry in entries] == ["diversify"] * 5 + ["sparsify"] * 10 + ["hardened"] * 5
+    assert [entry["live"] for entry in entries] == [1] * 5 + [4] * 15
+    assert [entry["active"] for entry in entries[:6]] == [1, 1, 1, 1, 1, 4]
+    assert [entry["active"] for entry in entries[15:]] == [1.0] * 5
+    assert 1 < entries[12]["active"] < 4
+
+
+def test_the_temperature_counts_from_the_spawn() -> None:
+    entries = run(evolution())
+    schedule = Schedule(2.0, 0.1, 8, "exponential")
+    assert [entry["temperature"] for entry in entries] == [schedule.at(max(step - 5, 0)) for step in range(20)]
+
+
+def test_unborn_experts_have_no_gradient() -> None:
+    assert [entry["unborn_has_gradient"] for entry in run(evolution())] == [False] * 5 + [True] * 15
+
+
+def test_nothing_changes_inside_an_accumulation_window() -> None:
+    entries = run(evolution(), max_steps=20, accumulate_grad_batches=4)
+    assert [entry["phase"] for entry in entries] == ["diversify"] * 20 + ["sparsify"] * 40 + ["hardened"] * 20
+
+
+def test_shares_of_the_run_become_steps_with_max_epochs() -> None:
+    callback = Evolution(diversify=0.25, harden=0.75, temperature=Decay(2.0, 0.1, 0.5))
+    entries = run(callback, max_steps=-1, max_epochs=2)  # 32 steps
+    assert [entry["phase"] for entry in entries] == ["diversify"] * 8 + ["sparsify"] * 16 + ["hardened"] * 8
+
+
+def test_any_router_can_follow_the_diversify_phase() -> None:
+    entries = run(Evolution(diversify=5), task=make_task(partial(Switch, capacity_factor=None)))
+    assert [entry["live"] for entry in entries] == [1] * 5 + [4] * 15
+    assert {entry["active"] for entry in entries} == {1.0}
+
+
+def test_without_a_diversify_phase_all_experts_live_and_keep_their_initial_weights() -> None:
+    task = make_task()
+    expected = moe_layers(make_task())[0][1].experts.expert_parameters(1)["w_in"].clone()
+    callback = evolution(diversify=0, harden=None)
+    callback.setup(L.Trainer(accelerator="cpu", logger=False), task, "fit")
+    assert moe_layers(task)[0][1].live_experts == 4
+    assert torch.equal(moe_layers(task)[0][1].experts.expert_parameters(1)["w_in"], expected)
+
+
+def test_an_adaptive_run_never_hardens() -> None:
+    assert {entry["phase"] for entry in run(evolution(harden=None))[5:]} == {"sparsify"}
+
+
+def test_the_noise_scale_has_its_own_schedule() -> None:
+    plan = evolution(noise=Decay(1.0, 0.0, 10)).make_plan(20)
+    assert [plan.at(step).noise_scale for step in (0, 5, 10, 15, 19)] == [1.0, 1.0, 0.5, 0.0, 0.0]
+
+
+def test_the_plan_survives_save_and_load_without_a_trainer() -> None:
+    trained = evolution(diversify=0.25, harden=0.75)
+    trained.plan = trained.make_plan(40)
+    loaded = evolution(diversify=0.25, harden=0.75)
+    loaded.load_state_dict(trained.state_dict())
+    assert (
+        loaded.plan
+        == trained.plan
+        == EvolutionPlan(10, 30, 40, Schedule(2.0, 0.1, 8, "exponential"), Schedule(1.0, 1.0, 0))
+    )
+    task = make_task()
+    loaded.apply(task, 40)
+    assert moe_layers(task)[0][1].router.hardened
+
+
+@pytest.mark.parametrize(
+    ("options", "total", "message"),
+    [
+        ({"harden": 5}, 20, r"evolution.harden=5 is step 5, not after the spawn at step 5"),
+        ({"diversify": 20, "harden": None}, 20, r"evolution.diversify=20 is step 20, past the end of a run of 20"),
+        ({"harden": 25}, 20, r"evolution.harden=25 is step 25, past the end"),
+        ({"harden": 1.5}, 20, r"evolution.harden=1.5: a share of the run must be in \[0, 1\]"),
+        ({"diversify": -3}, 20, r"evolution.diversify=-3"),
+        ({"temperature": Decay(2.0, 0.1, 18)}, 20, r"evolution.temperature.length=18 is 18 steps from the spawn"),
+        ({"temperature": Decay(2.0, 0.0, 8)}, 20, r"evolution.temperature ends at 0.0"),
+        ({"temperature": Decay(2.0, 0.0, 8, "exponential")}, 20, r"both ends must be above zero"),
+        ({"temperature": Decay(2.0, 0.1, 8, "square")}, 20, r"shape='square' is unknown"),
+        ({"noise": Decay(1.0, -1.0, 8)}, 20, r"evolution.noise ends at -1.0"),
+        ({"diversify": 0.1}, None, r"share of a run without end: set trainer.max_steps"),
+    ],
+)
+def test_a_plan_that_cannot_happen_is_refused_in_one_line(
+    options: dict[str, Any], total: int | None, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        evolution(**options).make_plan(total)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_refused_plan_trains_nothing() -> None:
+    task = make_task()
+    before = {name: value.clone() for name, value in task.state_dict().items() if "born" not in name}
+    with pytest.raises(ConfigError, match="past the end"):
+        run(evolution(harden=30), task=task)
+    assert all(torch.equal(task.state_dict()[name], value) for name, value in before.items())
+
+
+def test_a_dense_model_is_refused() -> None:
+    task = LanguageModeling(GPT(30, 8, 16, 2, 2, moe_every=0), Optimization())
+    with pytest.raises(ConfigError, match="needs a model with MoE layers"):
+        run(evolution(), task=task)
+
+
+def test_the_spawn_of_a_run_is_seeded() -> None:
+    final = []
+    for seed in (0, 0, 1):
+        task = make_task()
+        torch.manual_seed(7)
+        run(evolution(seed=seed, spawn=Spawn("mask", 0.5)), task=task, max_steps=16)
+        final.append(moe_layers(task)[0][1].experts.expert_parameters(1)["w_in"].detach())
+    assert torch.equal(final[0], final[1])
+    assert not torch.equal(final[0], final[2])

@@ -7,3 +7,7 @@ class ConfigError(ValueError):
     The message is one line: it names the value, says what was expected and how to mend it. The entry points print it
     without a traceback and exit with status 2.
     """
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient became NaN or infinite; the optimizer step that would have spread it was not taken."""

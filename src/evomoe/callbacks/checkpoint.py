@@ -1,0 +1,227 @@
+"""Saving: at the right moments, the right files, and on a signal."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+
+import evomoe
+from evomoe import checkpointing
+from evomoe.errors import ConfigError
+from evomoe.signals import StopRequest
+
+
+class SafeCheckpoint(Checkpoint):
+    """Saves checkpoints from which a run goes on bit for bit, and saves before it obeys SIGTERM or Ctrl-C.
+
+    Saves after every ``every_n_steps`` optimizer steps, after a validation that beat all before it, and when the fit
+    ends; never inside an accumulation window, whose gradients no checkpoint holds. Where a validation follows the step,
+    the save waits for its end, so that the saved state has seen its result. Keeps the newest ``keep_last`` files and
+    the best. A fit that stops by an error saves nothing: the newest file is the last good state.
+
+    SIGTERM and SIGINT save at the end of the present accumulation window, on all ranks if any rank was signalled, then
+    end the process with status 143 or 130 and one line that says how to go on; a validation that was due at that step
+    is not run. A second signal ends the process at once.
+
+    Lightning's ``ModelCheckpoint`` is not the base: it saves the best and the last into separate files, postpones
+    periodic saves until its metric exists, overwrites a ``last.ckpt``, and restores paths of the saving machine.
+
+    Needs the plugin :class:`~evomoe.checkpointing.VerifiedCheckpointIO` in the trainer, and
+    :class:`~evomoe.callbacks.random_state.RandomState` before all other callbacks for dropout to resume exactly.
+
+    Args:
+        run_dir: folder of the run; files go to ``<run_dir>/checkpoints``.
+        every_n_steps: optimizer steps between two saves.
+        keep_last: number of newest checkpoints to keep; 2 or more leave a whole one if the disk damages the newest.
+        monitor: logged metric that decides which checkpoint is the best.
+        mode: ``"min"`` or ``"max"``: whether less or more of it is better.
+        config: the run's configuration in plain values, stored under ``checkpoint["evomoe"]["config"]``.
+
+    Raises:
+        ConfigError: an argument is out of range, the plugin is missing, the metric is not logged, or the run folder
+            already holds newer checkpoints than the step that this fit starts from.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        every_n_steps: int = 1000,
+        keep_last: int = 2,
+        monitor: str = "val/loss",
+        mode: str = "min",
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        if every_n_steps < 1:
+            raise ConfigError(f"every_n_steps={every_n_steps} must be at least 1 optimizer step between two saves")
+        if keep_last < 1:
+            raise ConfigError(f"keep_last={keep_last} must be at least 1, or there is nothing to resume from")
+        if mode not in ("min", "max"):
+            raise ConfigError(f"mode={mode!r} must be 'min' or 'max'")
+        self.run_dir = Path(run_dir)
+        self.every_n_steps = every_n_steps
+        self.keep_last = keep_last
+        self.monitor = monitor
+        self.mode = mode
+        self.config = config or {}
+        self._stop = StopRequest()
+        self._step = 0  # optimizer steps taken, as of the latest batch
+        self._saved_step = 0
+        self._stepped = False  # whether the latest batch ended an accumulation window
+        self._save_due = False
+
+    @property
+    def best_model_path(self) -> str:
+        """Path of the best checkpoint for ``trainer.test(ckpt_path="best")``; empty before the first validation."""
+        best = checkpointing.read_best(self.run_dir)
+        return str(checkpointing.checkpoint_path(self.run_dir, best.step)) if best else ""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a trainer whose files would carry no checksum."""
+        if not isinstance(trainer.strategy.checkpoint_io, checkpointing.VerifiedCheckpointIO):
+            raise ConfigError(
+                "SafeCheckpoint needs Trainer(plugins=[VerifiedCheckpointIO()]) for its files to be verified"
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse a used run folder, then listen to signals."""
+        self._step = self._saved_step = trainer.global_step
+        self._stepped = self._save_due = False
+        newer = [path for step, path in checkpointing.list_checkpoints(self.run_dir).items() if step > self._step]
+        if newer and (newest := checkpointing.newest_checkpoint(self.run_dir)) in newer:
+            raise ConfigError(
+                f"{self.run_dir} already holds {newest.name}, beyond the step {self._step} that this run starts from;"
+                " resume from it, or give another run folder"
+            )
+        # Lightning set its own SIGTERM handler just before; it would stop inside an accumulation window.
+        self._stop.listen(announce=trainer.is_global_zero)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Save if it is time to, and obey a signal."""
+        self._stepped = trainer.global_step != self._step
+        if not self._stepped:
+            return
+        self._step = trainer.global_step
+        self._save_due |= self._step % self.every_n_steps == 0 or trainer.should_stop or self._is_last_step(trainer)
+        signum = self._agreed_signal(trainer)
+        if signum or (self._save_due and not _validation_follows(trainer)):
+            self._save(trainer)
+        if signum:
+            self._quit(trainer, signum)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save what is due or best."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        best = self._new_best(trainer)
+        if not self._stepped:
+            if best is not None:
+                warnings.warn(
+                    f"{self.monitor}={best.value:.6g} is the best so far, but inside an accumulation window nothing can"
+                    " be saved; make val_check_interval a multiple of accumulate_grad_batches",
+                    stacklevel=2,
+                )
+            return
+        if best is not None or self._save_due or trainer.should_stop:
+            self._save(trainer, best)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save if a callback has just asked to stop."""
+        if trainer.should_stop:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the final weights if no hook before could, and give the signals back."""
+        self._save(trainer)
+        self._stop.release()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        self._stop.release()
+
+    def on_save_checkpoint(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Add what a reader needs to rebuild the run."""
+        checkpoint["evomoe"] = {"version": evomoe.__version__, "config": self.config}
+
+    def _save(self, trainer: L.Trainer, best: checkpointing.Best | None = None) -> None:
+        """Save the present step unless it is saved, mark it if it is the best, and remove what is no longer kept."""
+        self._save_due = False
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a helper of the trainer
+            return
+        if self._saved_step != trainer.global_step:
+            path = checkpointing.checkpoint_path(self.run_dir, trainer.global_step)
+            trainer.save_checkpoint(path, weights_only=False)
+            self._saved_step = trainer.global_step
+        if trainer.is_global_zero:
+            if best is not None:
+                checkpointing.write_best(self.run_dir, best)
+            self._remove_old()
+
+    def _remove_old(self) -> None:
+        best = checkpointing.read_best(self.run_dir)
+        reached = [step for step in checkpointing.list_checkpoints(self.run_dir) if step <= self._saved_step]
+        for step in reached[: -self.keep_last]:
+            if best is None or step != best.step:
+                checkpointing.remove_checkpoint(checkpointing.checkpoint_path(self.run_dir, step))
+
+    def _new_best(self, trainer: L.Trainer) -> checkpointing.Best | None:
+        """The present step if its metric beats the best so far; rank 0 decides for all."""
+        if self.monitor not in trainer.callback_metrics:
+            logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
+            raise ConfigError(f"monitor={self.monitor!r} is not among the logged metrics ({logged})")
+        value = trainer.callback_metrics[self.monitor].item()
+        best = checkpointing.read_best(self.run_dir) if trainer.is_global_zero else None
+        sign = 1 if self.mode == "min" else -1
+        is_best = math.isfinite(value) and (best is None or sign * value < sign * best.value)
+        if not trainer.strategy.broadcast(is_best):
+            return None
+        return checkpointing.Best(step=trainer.global_step, monitor=self.monitor, value=value)
+
+    def _agreed_signal(self, trainer: L.Trainer) -> int:
+        """The signal that any rank received, 0 for none."""
+        signum = self._stop.signum or 0
+        if trainer.world_size == 1:
+            return signum
+        highest = torch.tensor(signum, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(highest, reduce_op="max"))
+
+    def _quit(self, trainer: L.Trainer, signum: int) -> None:
+        if trainer.is_global_zero:
+            path = checkpointing.checkpoint_path(self.run_dir, self._step)
+            name = signal.Signals(signum).name
+            print(
+                f"Stopped by {name} after optimizer step {self._step}; to go on, repeat the command with resume={path}",
+                file=sys.stderr,
+            )
+        raise SystemExit(128 + signum)
+
+    @staticmethod
+    def _is_last_step(trainer: L.Trainer) -> bool:
+        last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+        return trainer.global_step == trainer.max_steps or (trainer.is_last_batch and last_epoch)
+
+
+def _validation_follows(trainer: L.Trainer) -> bool:
+    """Whether Lightning will validate right after this batch; it has no public name for that."""
+    fit_loop = trainer.fit_loop
+    assert fit_loop._data_fetcher is not None
+    return fit_loop.epoch_loop._should_check_val_fx(fit_loop._data_fetcher)

@@ -1,0 +1,96 @@
+"""Byte-level BPE (Sennrich et al., 2016; bytes as base symbols: Radford et al., 2019), lossless for any text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from evomoe.errors import ConfigError
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 256 + 1  # every byte, and the end of text
+
+
+class Tokenizer:
+    """Text to token ids and back; `decode(encode(text)) == text` for every text that UTF-8 can hold.
+
+    Args:
+        core: The tokenizer of the `tokenizers` library.
+    """
+
+    def __init__(self, core: tokenizers.Tokenizer) -> None:
+        # The marker's name inside a text is text: no document can forge a boundary. The library does not save this.
+        core.encode_special_tokens = True
+        self._core = core
+        self.vocab_size: int = core.get_vocab_size()
+        self.end_of_text_id: int = core.get_vocab()[END_OF_TEXT]
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Learn the merges from `texts`; the same texts give the same merges.
+
+        Args:
+            texts: Training text.
+            vocab_size: Largest number of tokens, `<|endoftext|>` included; small texts yield fewer.
+        """
+        core = tokenizers.Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        _allow_threads()
+        core.train_from_iterator(texts, trainer)
+        return cls(core)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, without `<|endoftext|>`."""
+        return self._core.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode several texts at once, on all cores."""
+        _allow_threads()
+        return [encoding.ids for encoding in self._core.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids; an incomplete UTF-8 sequence at either end becomes U+FFFD."""
+        return self._core.decode(list(ids), skip_special_tokens=False)
+
+    def to_json(self) -> str:
+        """Return the whole tokenizer as a string that a checkpoint can hold."""
+        return self._core.to_str()
+
+    @classmethod
+    def from_json(cls, text: str) -> Tokenizer:
+        """Restore a tokenizer from `to_json`."""
+        return cls(tokenizers.Tokenizer.from_str(text))
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> Tokenizer:
+        """Restore the tokenizer that a text datamodule stored in a Lightning checkpoint.
+
+        Args:
+            checkpoint: The loaded checkpoint; Lightning files a datamodule's state under the name of its class.
+
+        Raises:
+            ConfigError: The checkpoint holds none.
+        """
+        for state in checkpoint.values():
+            if isinstance(state, Mapping) and "tokenizer" in state:
+                return cls.from_json(state["tokenizer"])
+        raise ConfigError("the checkpoint holds no tokenizer: it was not trained on text (data=docs, text_files, ...)")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).from_json, (self.to_json(),)
+
+
+def _allow_threads() -> None:
+    """Say that threads are meant, or every fork of a loader's worker, which never encodes, prints a warning."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from evomoe.errors import ConfigError
 from evomoe.moe.activation import ACTIVATIONS
-from evomoe.moe.kernels import Weights, grouped_experts, grouped_mix, loop_experts, loop_mix
+from evomoe.moe.kernels import Weights, compute_dtype, grouped_experts, grouped_mix, loop_experts, loop_mix
 from evomoe.routing.contract import SparseRouting
 
 BACKENDS = ("auto", "loop", "grouped_mm")
@@ -32,7 +32,8 @@ class Experts(nn.Module):
         activation: ``gelu``, ``relu``, or ``swiglu`` (``w_in`` then has 2H rows: gate, then up).
         bias: whether both layers of an expert have a bias.
         backend: ``loop`` over the experts' contiguous slices, ``grouped_mm`` (one kernel for all experts, without
-            waiting for the device), or ``auto``: ``grouped_mm`` on CUDA where the widths allow it, else ``loop``.
+            waiting for the device), or ``auto``: ``grouped_mm`` for bf16 on CUDA where the widths allow it, else
+            ``loop``, which is the faster one on CPU.
         init_std: standard deviation of the initial weights; biases start at zero.
         output_std: the same for ``w_out``; None for ``init_std``.
 
@@ -136,7 +137,7 @@ class Experts(nn.Module):
 
     def _use_grouped(self, rows: Tensor) -> bool:
         if self.backend == "auto":
-            return rows.is_cuda and self.aligned
+            return self.aligned and rows.is_cuda and compute_dtype(rows) == torch.bfloat16
         return self.backend == "grouped_mm"
 
     def _weights(self) -> Weights:

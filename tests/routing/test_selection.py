@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evomoe.errors import ConfigError
+from evomoe.routing.selection import (
+    assign_choices,
+    assign_mask,
+    capacity_per_expert,
+    check_capacity_factor,
+    within_capacity,
+)
+
+
+def served_one_by_one(expert: list[list[int]], capacity: int, valid: list[bool], priority: str) -> list[list[bool]]:
+    """Tokens ask in turn for a free place: the definition."""
+    tokens, top_k = len(expert), len(expert[0])
+    served = [[False] * top_k for _ in range(tokens)]
+    taken: dict[int, int] = {}
+    turns = [(t, k) for t in range(tokens) for k in range(top_k)]
+    if priority == "choice":
+        turns = [(t, k) for k in range(top_k) for t in range(tokens)]
+    for t, k in turns:
+        if valid[t] and taken.get(expert[t][k], 0) < capacity:
+            taken[expert[t][k]] = taken.get(expert[t][k], 0) + 1
+            served[t][k] = True
+    return served
+
+
+@st.composite
+def choices(draw):
+    """``(expert (T, K), E)`` with distinct experts in a row."""
+    experts = draw(st.integers(1, 5))
+    top_k = draw(st.integers(1, experts))
+    row = st.permutations(range(experts)).map(lambda order: list(order[:top_k]))
+    return draw(st.lists(row, min_size=1, max_size=8)), experts
+
+
+@settings(deadline=None)
+@given(choices=choices(), capacity=st.integers(1, 4), priority=st.sampled_from(["token", "choice"]), data=st.data())
+def test_capacity_serves_as_a_queue_does(choices, capacity, priority, data):
+    expert, _ = choices
+    valid = data.draw(st.lists(st.booleans(), min_size=len(expert), max_size=len(expert)))
+    served = within_capacity(torch.tensor(expert), capacity, torch.tensor(valid), priority)
+    assert served.tolist() == served_one_by_one(expert, capacity, valid, priority)
+
+
+@settings(deadline=None)
+@given(choices=choices(), data=st.data())
+def test_choices_and_mask_give_the_same_assignments(choices, data):
+    rows, experts = choices
+    expert = torch.tensor(rows)
+    flags = st.lists(st.booleans(), min_size=len(rows[0]), max_size=len(rows[0]))
+    keep = torch.tensor(data.draw(st.lists(flags, min_size=len(rows), max_size=len(rows))))
+    weights = torch.rand(len(rows), experts)
+    mask = torch.zeros(len(rows), experts, dtype=torch.bool).scatter(1, expert, keep)
+    for by_choice, by_mask in zip(
+        assign_choices(expert, weights.gather(1, expert), experts, keep), assign_mask(mask, weights), strict=True
+    ):
+        assert torch.equal(by_choice, by_mask)
+
+
+def test_hand_typed_assignments():
+    expert = torch.tensor([[2, 0], [0, 1], [2, 1]])
+    weight = torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.9, 0.1]])
+    token, weights, tokens_per_expert = assign_choices(expert, weight, 4)
+    assert token.tolist() == [0, 1, 1, 2, 0, 2]
+    assert weights.tolist() == pytest.approx([0.3, 0.6, 0.4, 0.1, 0.7, 0.9])
+    assert tokens_per_expert.tolist() == [2, 2, 2, 0]
+
+
+def test_gshard_counterexample_of_causality():
+    # With one place per expert, token 1's first choice decides whether token 0 keeps its second one.
+    elsewhere, evicts = torch.tensor([[0, 1], [2, 1]]), torch.tensor([[0, 1], [1, 2]])
+    assert within_capacity(elsewhere, 1, None, "choice").tolist() == [[True, True], [True, False]]
+    assert within_capacity(evicts, 1, None, "choice").tolist() == [[True, False], [True, True]]
+    for expert in (elsewhere, evicts):
+        assert within_capacity(expert, 1, None, "token")[0].tolist() == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "factor", "places"),
+    [
+        (1000, 10, 1, 1.1, 110),  # 110.00000000000001 in floating point
+        (5, 4, 1, 1.0, 2),
+        (8, 4, 1, 1.0, 2),
+        (8, 4, 2, 1.25, 5),
+        (8, 4, 1, 1.25, 3),
+        (1, 8, 1, 1.0, 1),
+        (0, 8, 1, 1.0, 1),
+    ],
+)
+def test_capacity_is_rounded_up(tokens, experts, top_k, factor, places):
+    assert int(capacity_per_expert(torch.tensor(tokens), experts, top_k, factor)) == places
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("inf"), float("nan")])
+def test_capacity_factor_must_leave_a_place(factor):
+    with pytest.raises(ConfigError, match=f"capacity={factor}: expected a finite factor above 0, or null for dropless"):
+        check_capacity_factor("capacity", factor)

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from evomoe.errors import ConfigError
+from evomoe.routing import DenseMoE, RoutingInput, Switch, TopK
+
+
+def topk_for(logits: torch.Tensor, **options: object) -> tuple[TopK, RoutingInput]:
+    tokens, experts = logits.shape
+    router = TopK(tokens, experts, **options)
+    with torch.no_grad():
+        router.gate.weight.copy_(logits.t())
+    return router, RoutingInput(hidden=torch.eye(tokens), batch=1, sequence=tokens)
+
+
+def kept(routing) -> list[list[int]]:
+    return [row.nonzero().flatten().tolist() for row in routing.to_dense()]
+
+
+def test_hand_typed_top_2():
+    probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6]])
+    router, inputs = topk_for(probabilities.log())
+    routing = router(inputs)
+    assert routing.token.tolist() == [0, 0, 1, 1]
+    assert routing.expert.tolist() == [0, 1, 1, 2]
+    assert routing.weight.tolist() == pytest.approx([5 / 8, 3 / 8, 1 / 3, 2 / 3])
+    # Load over two choices (1/4, 1/2, 1/4), mean probability (.3, .3, .4): 3 * .325
+    assert routing.losses["balance"].item() == pytest.approx(0.975)
+    raw, inputs = topk_for(probabilities.log(), renormalize=False)
+    assert raw(inputs).weight.tolist() == pytest.approx([0.5, 0.3, 0.3, 0.6])
+
+
+def test_gshard_priority_lets_a_later_token_evict_a_second_choice():
+    first = [0.6, 0.3, 0.1]
+    for second, by_choice in (([0.1, 0.2, 0.7], [0, 1]), ([0.1, 0.7, 0.2], [0])):
+        logits = torch.tensor([first, second]).log()
+        # ceil(2 tokens * 2 choices / 3 experts * 0.75) = 1 place
+        router, inputs = topk_for(logits, capacity_factor=0.75, priority="choice")
+        assert kept(router(inputs))[0] == by_choice
+        causal, inputs = topk_for(logits, capacity_factor=0.75, priority="token")
+        assert kept(causal(inputs))[0] == [0, 1]
+
+
+def test_weights_are_not_renormalized_again_after_dropping():
+    logits = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.7, 0.2]]).log()
+    router, inputs = topk_for(logits, capacity_factor=0.75, priority="choice")
+    routing = router(inputs)
+    assert kept(routing) == [[0], [1, 2]]
+    assert routing.to_dense().sum(dim=1).tolist() == pytest.approx([2 / 3, 1])
+    assert routing.dropped.item() == 1
+
+
+def test_causality_declared_by_mode():
+    assert TopK(8, 4, priority="choice").causal_in_train
+    bounded = TopK(8, 4, priority="choice", capacity_factor=1.0)
+    assert (bounded.causal_in_train, bounded.causal_in_eval) == (False, True)
+    both = TopK(8, 4, priority="choice", capacity_factor=1.0, eval_capacity_factor=2.0)
+    assert (both.causal_in_train, both.causal_in_eval) == (False, False)
+
+
+def test_all_experts_are_the_dense_mixture():
+    torch.manual_seed(0)
+    dense = DenseMoE(16, 5)
+    router = TopK(16, 5, top_k=5, renormalize=False)
+    router.load_state_dict(dense.state_dict())
+    inputs = RoutingInput(hidden=torch.randn(9, 16), batch=1, sequence=9)
+    torch.testing.assert_close(router(inputs).to_dense(), dense(inputs).to_dense())
+    torch.testing.assert_close(dense(inputs).to_dense(), torch.softmax(inputs.hidden @ dense.gate.weight.t(), dim=1))
+
+
+def test_one_choice_without_renormalization_is_switch():
+    torch.manual_seed(0)
+    switch, router = Switch(16, 4, jitter=0.0), TopK(16, 4, top_k=1, renormalize=False, capacity_factor=1.25)
+    router.load_state_dict(switch.state_dict())
+    inputs = RoutingInput(hidden=torch.randn(40, 16), batch=1, sequence=40)
+    assert torch.equal(router(inputs).to_dense(), switch(inputs).to_dense())
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_against_mixtral_of_transformers(top_k):
+    """Experts, weights and the balance loss, whose load theirs does not divide by K."""
+    peer = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    from transformers import MixtralConfig
+
+    tokens, width, experts = 30, 16, 6
+    config = MixtralConfig(hidden_size=width, num_local_experts=experts, num_experts_per_tok=top_k)
+    mixtral = peer.MixtralTopKRouter(config)
+    router = TopK(width, experts, top_k=top_k, renormalize=top_k > 1)
+    with torch.no_grad():
+        mixtral.weight.copy_(router.gate.weight)
+    hidden = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0))
+    valid = torch.arange(tokens) % 4 != 0
+    logits, weight, expert = mixtral(hidden)
+    routing = router(RoutingInput(hidden=hidden, batch=1, sequence=tokens))
+    if top_k == 1:  # Mixtral renormalises one choice to 1
+        assert torch.equal(routing.to_dense() > 0, torch.zeros(tokens, experts).scatter(1, expert, weight) > 0)
+    else:
+        torch.testing.assert_close(routing.to_dense(), torch.zeros(tokens, experts).scatter(1, expert, weight))
+    balance = peer.load_balancing_loss_func((logits,), experts, top_k)
+    torch.testing.assert_close(routing.losses["balance"] * top_k, balance)
+    masked = router(RoutingInput(hidden=hidden, batch=1, sequence=tokens, valid=valid)).losses["balance"]
+    torch.testing.assert_close(
+        masked * top_k, peer.load_balancing_loss_func((logits,), experts, top_k, valid.long()[None])
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 0}, "top_k=0 with 4 experts: expected 1 <= top_k <= num_experts"),
+        ({"top_k": 5}, "top_k=5 with 4 experts: expected 1 <= top_k <= num_experts"),
+        ({"priority": "score"}, "router priority='score' is unknown: expected token or choice"),
+        ({"top_k": 1}, "router renormalize=true with top_k=1 leaves the gate without gradient: set renormalize=false"),
+        ({"jitter": -0.1}, "router jitter=-0.1: expected a value in [0, 1), the published one is 0.01"),
+    ],
+)
+def test_errors_name_the_value_and_the_remedy(options, message):
+    with pytest.raises(ConfigError) as error:
+        TopK(8, 4, **options)
+    assert str(error.value) == message

@@ -39,6 +39,12 @@ def test_formula_is_what_the_counter_counts(build: Build, tokens: Tensor, router
     assert counted == pytest.approx(formula, rel=1e-9)
 
 
+def test_gated_experts_count_three_matrices(build: Build, tokens: Tensor) -> None:
+    model = build(activation="swiglu", bias=False)
+    counted, active = count_flops(model, tokens, backward=True)
+    assert counted == pytest.approx(TRAINING_FACTOR * model.flops_per_token(12, active) * tokens.numel(), rel=1e-9)
+
+
 def test_a_layer_with_one_living_expert_costs_what_a_dense_layer_costs(build: Build, tokens: Tensor) -> None:
     sparse, dense = build(), build(moe_every=0)
     for layer in sparse.moe_layers.values():

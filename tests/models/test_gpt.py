@@ -97,7 +97,7 @@ def test_cached_logits_equal_uncached_ones(
 def test_recomputed_activations_give_the_same_gradients(build: Build, tokens: Tensor, router: type[Router]) -> None:
     gradients = []
     for checkpoint_activations in (False, True):
-        model = build(router=router, dropout=0.2, checkpoint_activations=checkpoint_activations)
+        model = build(router=router, dropout=0.2, attention_dropout=0.2, checkpoint_activations=checkpoint_activations)
         torch.manual_seed(7)
         language_loss(model, tokens).backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
@@ -117,6 +117,17 @@ def test_recomputation_routes_once_for_the_caller(build: Build, tokens: Tensor) 
     assert len(calls) == 2  # forward and recomputation
     assert len(routings) == 1
     assert torch.equal(routings[0].weight, weights[0])
+
+
+@pytest.mark.parametrize("moe_every", [0, 1])
+def test_total_dropout_leaves_the_residual_stream_alone(build: Build, moe_every: int) -> None:
+    """Dense and sparse branches are dropped alike; with the embeddings dropped too, all tokens look the same."""
+    model = build(moe_every=moe_every, dropout=1 - 1e-9)
+    hidden = torch.randn(3, 12, 32)
+    output, _ = model.blocks[0](hidden, token_ids=torch.zeros(3, 12, dtype=torch.long))
+    assert torch.equal(output, hidden)
+    logits, _ = model(torch.arange(12)[None])
+    assert torch.equal(logits, logits[:, :1].expand_as(logits))
 
 
 def test_one_living_expert_computes_what_the_dense_model_computes(build: Build, tokens: Tensor) -> None:
@@ -179,6 +190,7 @@ def test_compiled_model_equals_eager(build: Build, tokens: Tensor, moe_every: in
         ({"num_layers": 0}, "num_layers=0: expected at least 1"),
         ({"d_ff": 0}, "d_ff=0: expected at least 1"),
         ({"dropout": 1.0}, r"dropout=1.0: expected a probability in \[0, 1\)"),
+        ({"attention_dropout": -0.1}, "attention_dropout=-0.1: expected a probability"),
         ({"activation": "sine"}, "sine"),
         ({"router": TrainLeaker}, "TrainLeaker looks at later tokens in training, "),
         ({"router": EvalLeaker}, "EvalLeaker looks at later tokens in evaluation, .*model.allow_future_leak=true"),

@@ -111,7 +111,7 @@ class CausalSelfAttention(nn.Module):
         d_model: model width D.
         num_heads: attention heads; divides D.
         bias: whether the projections have a bias.
-        dropout: dropout of the attention weights; the residual dropout belongs to the block.
+        dropout: dropout of the attention weights in training.
     """
 
     def __init__(self, d_model: int, num_heads: int, *, bias: bool = True, dropout: float = 0.0) -> None:
@@ -181,7 +181,8 @@ class DecoderBlock(nn.Module):
         num_heads: attention heads.
         feed_forward: a :class:`FeedForward` or a :class:`~evomoe.moe.layer.MoELayer`.
         bias: whether attention and norms have a bias.
-        dropout: dropout of the attention weights and of both residual branches, the same for dense and sparse.
+        dropout: dropout of both residual branches.
+        attention_dropout: dropout of the attention weights.
     """
 
     def __init__(
@@ -192,10 +193,11 @@ class DecoderBlock(nn.Module):
         *,
         bias: bool = True,
         dropout: float = 0.0,
+        attention_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(d_model, bias=bias)
-        self.attention = CausalSelfAttention(d_model, num_heads, bias=bias, dropout=dropout)
+        self.attention = CausalSelfAttention(d_model, num_heads, bias=bias, dropout=attention_dropout)
         self.feed_forward_norm = nn.LayerNorm(d_model, bias=bias)
         self.feed_forward = feed_forward
         self.dropout = nn.Dropout(dropout)

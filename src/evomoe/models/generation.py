@@ -183,7 +183,6 @@ def keep_likely(logits: Tensor, top_k: int | None, top_p: float | None) -> Tenso
     if top_p is not None:
         probabilities = F.softmax(ranked, dim=-1)
         before = probabilities.cumsum(dim=-1) - probabilities  # mass of the tokens likelier than this one
-        before[:, 0] = 0
         ranked = ranked.masked_fill(before >= top_p, float("-inf"))
     return torch.empty_like(ranked).scatter_(-1, order, ranked)
 

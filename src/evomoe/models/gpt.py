@@ -46,7 +46,8 @@ class GPT(nn.Module):
         router: factory of the routers, called with ``(d_model, num_experts)``; unused in a dense model.
         activation: ``gelu``, ``relu`` or ``swiglu``.
         bias: whether linear layers, norms and experts have biases.
-        dropout: dropout of embeddings, attention weights and residual branches.
+        dropout: dropout of embeddings and residual branches, the same for dense and sparse ones.
+        attention_dropout: dropout of the attention weights. On a CPU it rules out the fused attention kernel.
         checkpoint_activations: recompute each block in the backward pass instead of storing its activations.
         allow_future_leak: accept a router that looks at later tokens.
         expert_backend: kernel of the experts, see :class:`~evomoe.moe.experts.Experts`.
@@ -69,6 +70,7 @@ class GPT(nn.Module):
         activation: str = "gelu",
         bias: bool = True,
         dropout: float = 0.1,
+        attention_dropout: float = 0.0,
         checkpoint_activations: bool = False,
         allow_future_leak: bool = False,
         expert_backend: str = "auto",
@@ -93,8 +95,9 @@ class GPT(nn.Module):
             )
         if moe_every and router is None:
             raise ConfigError(f"router=None with moe_every={moe_every}: give a router, or moe_every=0 for a dense one")
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"dropout={dropout}: expected a probability in [0, 1)")
+        for name, probability in (("dropout", dropout), ("attention_dropout", attention_dropout)):
+            if not 0 <= probability < 1:
+                raise ConfigError(f"{name}={probability}: expected a probability in [0, 1)")
         self.vocab_size = vocab_size
         self.context = context
         self.d_model = d_model
@@ -126,7 +129,16 @@ class GPT(nn.Module):
                     refuse_future_leak(feed_forward.router)
             else:
                 feed_forward = FeedForward(d_model, d_ff, activation=activation, bias=bias)
-            blocks.append(DecoderBlock(d_model, num_heads, feed_forward, bias=bias, dropout=dropout))
+            blocks.append(
+                DecoderBlock(
+                    d_model,
+                    num_heads,
+                    feed_forward,
+                    bias=bias,
+                    dropout=dropout,
+                    attention_dropout=attention_dropout,
+                )
+            )
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = nn.LayerNorm(d_model, bias=bias)
         self.init_weights(torch.initial_seed())

@@ -7,8 +7,8 @@ import re
 import sys
 
 import pytest
+from helpers.phased_run import FakeEvolution, fit, loader
 from lightning.pytorch.callbacks import ProgressBar
-from phased_run import FakeEvolution, fit, loader
 from rich.console import Console
 
 from evomoe.callbacks import progress as progress_module

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.phased_run import FakeEvolution, PhasedTask, fit, loader, routing
 from lightning.pytorch.loggers import TensorBoardLogger
-from phased_run import FakeEvolution, PhasedTask, fit, loader, routing
 from rich.console import Console
 
 from evomoe.callbacks import summary as summary_module
@@ -179,9 +179,9 @@ def test_closing_lines(tmp_path, monkeypatch):
     run = tmp_path / "logs" / "a run"
     summary = RunSummary()
     trainer = fit(run, FakeEvolution(), summary)
-    lines = closing(summary, trainer, {"train/loss": 5.0, "test/loss": 1.25, "test/perplexity": 3.5})
+    lines = closing(summary, trainer, {"train/loss": 5.0, "test/loss": 1.25, "test/perplexity": 1234567.0})
     assert "What the run did" in lines[0]
-    assert lines[-2:] == ["test        loss 1.2500, perplexity 3.5000", "run folder  'logs/a run'"]
+    assert lines[-2:] == ["test        loss 1.25, perplexity 1.2346e+06", "run folder  'logs/a run'"]
 
 
 def test_closing_names_checkpoint_and_curves(tmp_path, monkeypatch):

@@ -260,7 +260,7 @@ def print_closing(
     console = console or Console()
     console.print(summary.render())
     folder = Path(trainer.default_root_dir)
-    test = [f"{name.removeprefix('test/')} {value:.4f}" for name, value in values.items() if name.startswith("test/")]
+    test = [f"{name.removeprefix('test/')} {value:.5g}" for name, value in values.items() if name.startswith("test/")]
     checkpoint = newest_checkpoint(folder)
     lines = {
         "test": ", ".join(test),

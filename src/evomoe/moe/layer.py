@@ -154,4 +154,5 @@ class MoELayer(nn.Module):
         slots = torch.einsum("gsec,gsd->egcd", routing.dispatch.to(flat.dtype), grouped)  # (E, G, C, D)
         counts = torch.full((num_experts,), groups * capacity, device=flat.device)
         outputs = self.experts(slots.reshape(-1, flat.shape[1]), counts).view_as(slots)
-        return torch.einsum("gsec,egcd->gsd", routing.combine.to(outputs.dtype), outputs).reshape(flat.shape)
+        mixed = torch.einsum("gsec,egcd->gsd", routing.combine.to(outputs.dtype), outputs)
+        return mixed.reshape(flat.shape).to(flat.dtype)

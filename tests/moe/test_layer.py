@@ -1,0 +1,324 @@
+"""The MoE layer against a dense oracle: every expert computes every token, and the routing's weights mix the outputs.
+
+Shapes: B batch, S sequence, T = B * S tokens, D model width, H expert hidden width, E experts, C capacity.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from routing.registry import ROWS
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from evomoe.errors import ConfigError
+from evomoe.moe import MoELayer
+from evomoe.routing import Router, RoutingInput, SoftRouting, SparseRouting, TopK
+
+B, S, D, H, E = 3, 5, 16, 24, 4
+T = B * S
+
+every_row = pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in ROWS])
+every_mode = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+every_backend = pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+
+VALID = torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [False] * 5])
+
+
+def make(router, backend: str = "loop", num_experts: int = E) -> MoELayer:
+    torch.manual_seed(0)
+    layer = MoELayer(D, H, num_experts, router, backend=backend, init_std=0.3)
+    for name, parameter in layer.experts.named_parameters():
+        if name.startswith("b_"):
+            nn.init.normal_(parameter)
+    return layer
+
+
+def make_row(row, backend: str = "loop") -> MoELayer:
+    layer = make(row.factory, backend)
+    layer.router.set_schedule(row.schedule)
+    return layer
+
+
+def states(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(B, S, D, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def feed_forward(layer: MoELayer, expert: int, rows: Tensor) -> Tensor:
+    weights = layer.experts.expert_parameters(expert)
+    return F.gelu(rows @ weights["w_in"].t() + weights["b_in"]) @ weights["w_out"].t() + weights["b_out"]
+
+
+def oracle(layer: MoELayer, hidden: Tensor, valid: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Output ``(B, S, D)`` and combine weights ``(T, E)``, with the random numbers that ``seed`` gives."""
+    torch.manual_seed(seed)
+    flat = hidden.flatten(0, 1)
+    flat_valid = None if valid is None else valid.flatten()
+    dense = layer.router(RoutingInput(hidden=flat, batch=B, sequence=S, valid=flat_valid)).to_dense()
+    outputs = torch.stack([feed_forward(layer, expert, flat) for expert in range(E)])  # (E, T, D)
+    return torch.einsum("te,etd->td", dense, outputs).view_as(hidden), dense
+
+
+def gradients(layer: MoELayer, hidden: Tensor, output: Tensor) -> list[Tensor]:
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
+    found = torch.autograd.grad((output * direction).sum(), [hidden, *layer.parameters()], materialize_grads=True)
+    return list(found)
+
+
+@every_row
+@every_mode
+@every_backend
+@pytest.mark.parametrize("valid", [None, VALID], ids=["", "padding"])
+def test_output_and_gradients_equal_the_dense_oracle(row, train, backend, valid):
+    layer = make_row(row, backend).train(train)
+    hidden = states().requires_grad_()
+    torch.manual_seed(5)
+    output, routing = layer(hidden, valid=valid)
+    expected, dense = oracle(layer, hidden, valid, seed=5)
+    torch.testing.assert_close(routing.to_dense(), dense)
+    torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
+    for found, wanted in zip(gradients(layer, hidden, output), gradients(layer, hidden, expected), strict=True):
+        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
+    if valid is not None:
+        assert torch.equal(output[~valid], torch.zeros_like(output[~valid]))
+
+
+def grouped_mm_flops(rows: torch.Size, weight: torch.Size, *args: object, **kwargs: object) -> int:
+    """``rows (A, in)`` times ``weight (E, in, out)``, each row with one of the matrices."""
+    return 2 * rows[0] * rows[1] * weight[2]
+
+
+def matrix_flops(call) -> int:
+    """Floating-point operations of the matrix products that really run."""
+    mapping = {torch.ops.aten._grouped_mm: grouped_mm_flops}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@every_row
+@every_backend
+@pytest.mark.parametrize("valid", [None, VALID], ids=["", "padding"])
+def test_experts_process_one_row_per_assignment(row, backend, valid):
+    layer = make_row(row, backend)
+    hidden = states()
+    inputs = RoutingInput(
+        hidden=hidden.flatten(0, 1), batch=B, sequence=S, valid=None if valid is None else valid.flatten()
+    )
+    seen: list[SparseRouting] = []
+    gate = matrix_flops(lambda: layer.router(inputs))
+    torch.manual_seed(5)
+    total = matrix_flops(lambda: seen.append(layer(hidden, valid=valid)[1]))
+    of_one_row = 2 * (D * H + H * D)
+    assert (total - gate) / of_one_row == seen[0].tokens_per_expert.sum().item() > 0
+
+
+def test_rows_of_the_backward_pass():
+    layer = make(functools.partial(TopK, top_k=2))
+    hidden = states().requires_grad_()
+    output, routing = layer(hidden)
+    backward = matrix_flops(output.sum().backward)
+    gate = 2 * (2 * T * D * E)
+    assert (backward - gate) / (2 * 2 * (D * H + H * D)) == routing.tokens_per_expert.sum().item() == 2 * T
+
+
+def test_a_batch_of_padding():
+    layer = make(functools.partial(TopK, top_k=2))
+    hidden = states().requires_grad_()
+    output, routing = layer(hidden, valid=torch.zeros(B, S, dtype=torch.bool))
+    assert torch.equal(output, torch.zeros_like(output))
+    assert routing.num_tokens.item() == routing.tokens_per_expert.sum().item() == 0
+    output.sum().backward()
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+
+
+# While one expert lives
+
+
+def young(backend: str = "loop") -> MoELayer:
+    layer = make(functools.partial(TopK, top_k=2), backend)
+    layer.live_experts = 1
+    return layer
+
+
+@every_mode
+@pytest.mark.parametrize("valid", [None, VALID], ids=["", "padding"])
+def test_young_layer_is_the_feed_forward_of_expert_0(train, valid):
+    layer = young().train(train)
+    hidden = states().requires_grad_()
+    output, routing = layer(hidden, valid=valid)
+    expected = feed_forward(layer, 0, hidden)
+    if valid is not None:
+        expected = expected * valid[..., None]
+    torch.testing.assert_close(output, expected)
+    for found, wanted in zip(gradients(layer, hidden, output), gradients(layer, hidden, expected), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+    real = T if valid is None else int(valid.sum())
+    assert routing.tokens_per_expert.tolist() == [real, 0, 0, 0]
+    assert routing.num_tokens.item() == real
+    assert routing.losses == {}
+    one_hot = torch.zeros(T, E)
+    one_hot[:, 0] = 1 if valid is None else valid.flatten()
+    assert torch.equal(routing.to_dense(), one_hot)
+    assert torch.equal(routing.scores, one_hot)
+
+
+@every_backend
+def test_young_layer_costs_one_feed_forward_and_leaves_the_others_alone(backend):
+    layer = young(backend)
+    flops = matrix_flops(lambda: layer(states()))
+    assert flops == T * 2 * (D * H + H * D)
+    state = torch.get_rng_state()
+    output, _ = layer(states())
+    assert torch.equal(torch.get_rng_state(), state), "no router runs"
+    output.sum().backward()
+    base = set(layer.experts.expert_parameters(0).values())
+    for parameter in layer.parameters():
+        assert (parameter.grad is not None) == (parameter in base)
+
+
+def test_an_optimizer_leaves_the_unborn_experts_and_the_router_alone():
+    layer = young()
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1)
+    layer(states())[0].sum().backward()
+    optimizer.step()
+    changed = {name for name, value in layer.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"experts.w_in.0", "experts.w_out.0", "experts.b_in.0", "experts.b_out.0"}
+
+
+def test_number_of_live_experts_is_saved_with_the_weights():
+    for live in (1, E):
+        layer = make(TopK)
+        layer.live_experts = live
+        file = io.BytesIO()
+        torch.save(layer.state_dict(), file)
+        file.seek(0)
+        restored = make(TopK)
+        restored.live_experts = 1 if live == E else E
+        restored.load_state_dict(torch.load(file, weights_only=True))
+        assert restored.live_experts == live
+        assert torch.equal(restored(states())[0], layer(states())[0])
+
+
+@pytest.mark.parametrize("number", [0, 2, E + 1])
+def test_only_one_or_all_experts_live(number):
+    with pytest.raises(ValueError, match=f"live_experts={number}: expected 1 or {E}"):
+        make(TopK).live_experts = number
+
+
+def test_a_layer_of_one_expert_is_always_routed():
+    layer = make(functools.partial(TopK, top_k=1), num_experts=1)
+    layer.live_experts = 1
+    output, routing = layer(states())
+    torch.testing.assert_close(output, feed_forward(layer, 0, states()))
+    assert sorted(routing.losses) == ["balance", "z"]
+
+
+def test_no_expert_is_refused():
+    with pytest.raises(ConfigError, match="num_experts=0: expected at least 1"):
+        MoELayer(D, H, 0, TopK)
+
+
+# What the router sees
+
+
+class Spy(TopK):
+    """Keeps what it is asked."""
+
+    def forward(self, inputs: RoutingInput) -> SparseRouting:
+        self.inputs = inputs
+        return super().forward(inputs)
+
+
+def test_router_receives_the_flattened_batch():
+    layer, hidden = make(Spy), states()
+    token_ids = torch.arange(T).view(B, S)
+    layer(hidden, token_ids=token_ids, valid=VALID, final_rule=True)
+    seen = layer.router.inputs
+    assert torch.equal(seen.hidden, hidden.view(T, D))
+    assert torch.equal(seen.token_ids, token_ids.flatten())
+    assert torch.equal(seen.valid, VALID.flatten())
+    assert (seen.batch, seen.sequence, seen.final_rule) == (B, S, True)
+    layer(hidden)
+    assert layer.router.inputs.token_ids is layer.router.inputs.valid is None
+    assert layer.router.inputs.final_rule is False
+
+
+def test_states_need_not_be_contiguous():
+    layer = make(TopK)
+    hidden = states().transpose(0, 1)
+    torch.testing.assert_close(layer(hidden)[0], layer(hidden.contiguous())[0])
+
+
+# Soft routing
+
+
+class SoftSlots(Router):
+    """Soft MoE in a few lines: every slot reads all tokens of a sequence, every token all slots."""
+
+    causal_in_train = causal_in_eval = False
+    capacity = 2
+
+    def __init__(self, d_model: int, num_experts: int) -> None:
+        super().__init__(d_model, num_experts)
+        self.slots = nn.Parameter(torch.randn(d_model, num_experts * self.capacity))
+
+    def forward(self, inputs: RoutingInput) -> SoftRouting:
+        grouped = inputs.hidden.float().view(inputs.batch, inputs.sequence, -1)
+        logits = (grouped @ self.slots).float()  # (G, S, E * C)
+        shape = (inputs.batch, inputs.sequence, self.num_experts, self.capacity)
+        return SoftRouting(
+            dispatch=logits.softmax(dim=1).view(shape),
+            combine=logits.softmax(dim=2).view(shape),
+            num_tokens=torch.tensor(inputs.hidden.shape[0]),
+        )
+
+
+@every_backend
+def test_soft_routing_equals_its_definition(backend):
+    layer = make(SoftSlots, backend)
+    hidden = states().requires_grad_()
+    output, _ = layer(hidden)
+    routing = layer.router(RoutingInput(hidden=hidden.flatten(0, 1), batch=B, sequence=S))
+    expected = torch.zeros(B, S, D)
+    for e in range(E):
+        for c in range(SoftSlots.capacity):
+            slot = torch.einsum("gs,gsd->gd", routing.dispatch[:, :, e, c], hidden)
+            expected = expected + torch.einsum("gs,gd->gsd", routing.combine[:, :, e, c], feed_forward(layer, e, slot))
+    torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
+    for found, wanted in zip(gradients(layer, hidden, output), gradients(layer, hidden, expected), strict=True):
+        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
+
+
+@every_backend
+def test_soft_routing_processes_its_slots(backend):
+    layer = make(SoftSlots, backend)
+    whole = matrix_flops(lambda: layer(states()))
+    slots = B * E * SoftSlots.capacity
+    einsums = 2 * (2 * B * S * (E * SoftSlots.capacity) * D)
+    gate = 2 * T * D * (E * SoftSlots.capacity)
+    assert whole - einsums - gate == slots * 2 * (D * H + H * D)
+
+
+# Types
+
+
+@pytest.mark.parametrize("router", [TopK, SoftSlots])
+@pytest.mark.parametrize("live", [1, E])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_backend
+def test_output_has_the_type_of_the_states_under_autocast(router, live, dtype, backend):
+    layer = make(router, backend)
+    layer.live_experts = live
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, _ = layer(states(dtype))
+        masked, _ = layer(states(dtype), valid=VALID)
+    assert output.dtype == masked.dtype == dtype
+    exact, _ = layer(states())
+    torch.testing.assert_close(output.float(), exact, atol=0.15, rtol=0.05)

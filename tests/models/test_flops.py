@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -39,8 +40,9 @@ def test_formula_is_what_the_counter_counts(build: Build, tokens: Tensor, router
     assert counted == pytest.approx(formula, rel=1e-9)
 
 
-def test_gated_experts_count_three_matrices(build: Build, tokens: Tensor) -> None:
-    model = build(activation="swiglu", bias=False)
+@pytest.mark.parametrize("settings", [{"activation": "swiglu", "bias": False}, {"num_experts": 1, "router": Switch}])
+def test_gated_and_single_experts_are_counted(build: Build, tokens: Tensor, settings: dict[str, Any]) -> None:
+    model = build(**settings)
     counted, active = count_flops(model, tokens, backward=True)
     assert counted == pytest.approx(TRAINING_FACTOR * model.flops_per_token(12, active) * tokens.numel(), rel=1e-9)
 
@@ -72,6 +74,10 @@ def test_parameters_of_a_hand_counted_model(build: Build) -> None:
     assert build(moe_every=0).num_active_parameters() == build(moe_every=0).num_parameters() == body + 2 * expert
 
 
-def test_one_number_per_moe_layer_is_required(build: Build) -> None:
+@pytest.mark.parametrize("active", [[1.0], [1.0, 1.0, 1.0]])
+def test_one_number_per_moe_layer_is_required(build: Build, active: list[float]) -> None:
+    model = build(num_layers=4)
     with pytest.raises(ValueError, match="zip"):
-        build(num_layers=4).num_active_parameters([1.0, 1.0, 1.0])
+        model.num_active_parameters(active)
+    with pytest.raises(ValueError, match="zip"):
+        model.flops_per_token(12, active)

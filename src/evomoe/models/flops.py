@@ -3,7 +3,7 @@
 Only matrix products count: norms, activations, softmax, biases and embedding look-ups are left out, as is usual (PaLM,
 arXiv 2204.02311, appendix B).
 
-Shapes: S sequence, D model width, E experts.
+Shapes: S sequence, D model width.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from evomoe.models.blocks import FeedForward
+from evomoe.moe.experts import Experts
 from evomoe.moe.layer import MoELayer
 
 TRAINING_FACTOR = 3
@@ -32,13 +32,11 @@ def attention_flops(d_model: int, context: int) -> int:
     return 2 * (2 * d_model * context)
 
 
-def feed_forward_flops(layer: FeedForward | MoELayer, active_experts: float) -> float:
-    """A dense feed-forward, or the router and ``active_experts`` experts of an MoE layer.
+def expert_flops(experts: Experts) -> int:
+    """One expert, or the dense feed-forward that is built as one."""
+    return matrix_flops(experts.expert_parameters(0).values())
 
-    A router is counted by its matrices, as linear gates work. While one expert lives, no router runs.
-    """
-    expert = matrix_flops(layer.experts.expert_parameters(0).values())
-    if isinstance(layer, FeedForward):
-        return expert
-    router = matrix_flops(layer.router.parameters()) if layer.live_experts > 1 else 0
-    return active_experts * expert + router
+
+def router_flops(layer: MoELayer) -> int:
+    """The router's matrices, as linear gates use them; none before the spawn, when no router runs."""
+    return 0 if layer.live_experts < layer.num_experts else matrix_flops(layer.router.parameters())

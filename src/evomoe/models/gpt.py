@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from evomoe.errors import ConfigError
 from evomoe.models.blocks import DecoderBlock, FeedForward, KeyValueCache
-from evomoe.models.flops import attention_flops, feed_forward_flops, matrix_flops
+from evomoe.models.flops import attention_flops, expert_flops, matrix_flops, router_flops
 from evomoe.models.initialization import draw_normal_
 from evomoe.moe.layer import MoELayer, RouterFactory
 from evomoe.routing import Router, Routing
@@ -223,7 +223,7 @@ class GPT(nn.Module):
             active_experts: mean experts per token, one number for all MoE layers or one for each, in order.
         """
         active = float(self.num_parameters())
-        for layer, number in zip(self.moe_layers.values(), self._per_layer(active_experts), strict=True):
+        for layer, number in self._layers_with(active_experts):
             expert = sum(parameter.numel() for parameter in layer.experts.expert_parameters(0).values())
             active -= (layer.num_experts - number) * expert
         return active
@@ -236,21 +236,22 @@ class GPT(nn.Module):
             active_experts: mean experts per token, one number for all MoE layers or one for each, in order.
         """
         total = float(matrix_flops([self.token_embedding.weight]))
-        numbers = iter(self._per_layer(active_experts))
         for block in self._decoder_blocks:
             total += matrix_flops(block.attention.parameters()) + attention_flops(self.d_model, context)
-            is_sparse = isinstance(block.feed_forward, MoELayer)
-            total += feed_forward_flops(block.feed_forward, next(numbers) if is_sparse else 1.0)
+            if isinstance(block.feed_forward, FeedForward):
+                total += expert_flops(block.feed_forward.experts)
+        for layer, number in self._layers_with(active_experts):
+            total += router_flops(layer) + number * expert_flops(layer.experts)
         return total
 
     @property
     def _decoder_blocks(self) -> list[DecoderBlock]:
         return cast("list[DecoderBlock]", list(self.blocks))
 
-    def _per_layer(self, active_experts: float | Sequence[float]) -> list[float]:
-        if isinstance(active_experts, Sequence):
-            return list(active_experts)
-        return [active_experts] * len(self.moe_layers)
+    def _layers_with(self, active_experts: float | Sequence[float]) -> list[tuple[MoELayer, float]]:
+        layers = list(self.moe_layers.values())
+        numbers = active_experts if isinstance(active_experts, Sequence) else [active_experts] * len(layers)
+        return list(zip(layers, numbers, strict=True))
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

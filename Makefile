@@ -10,6 +10,9 @@ EXPERIMENT ?= gpt_dts
 WORKERS    ?= 2
 ARGS       ?=
 
+# Every part of a run at the size of a test, whatever the experiment is made for.
+SMOKE := debug=fast_dev_run model=gpt_tiny
+
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
@@ -36,7 +39,7 @@ unit: .venv/installed-dev  ## The tests alone; ARGS="-k router" picks some
 smoke: .venv/installed  ## A few batches of every experiment
 	@set -e; for file in configs/experiment/*.yaml; do \
 		echo "== $$(basename $$file .yaml)"; \
-		$(BIN)/python train.py experiment=$$(basename $$file .yaml) debug=fast_dev_run $(ARGS); \
+		$(BIN)/python train.py experiment=$$(basename $$file .yaml) $(SMOKE) $(ARGS); \
 	done
 
 clean:  ## Remove the environment and the caches; logs/ stays

@@ -1,6 +1,7 @@
 """Entry points as people type them: composed by Hydra, wrong words answered in one line.
 
-Exit status: 0 done, 2 for a value that cannot work, 130 and 143 after Ctrl-C and SIGTERM.
+Exit status: 0 done, 2 for a value that cannot work, 3 for a loss or gradient that is not finite, 130 and 143 after
+Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from evomoe.errors import ConfigError
+from evomoe.errors import ConfigError, NonFiniteError
 
 TEXT_KEYS = ("prompt",)
 """Overrides whose value is prose: taken as typed, whatever Hydra's grammar makes of its commas and brackets."""
@@ -47,13 +48,15 @@ def run_main(function: Callable[[DictConfig], Any], config_dir: Path, config_nam
             function(config)
         except ConfigError as error:
             _refuse(error)
+        except NonFiniteError as error:
+            _refuse(error, status=3)
 
     main()
 
 
-def _refuse(error: ConfigError) -> None:
+def _refuse(error: Exception, status: int = 2) -> None:
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def quote_text(argument: str) -> str:
@@ -74,11 +77,18 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(config_dir), version_base="1.3"):
-            hydra.compose(config_name, overrides=list(overrides), return_hydra_config=True)
+            config = hydra.compose(config_name, overrides=list(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error, overrides, config_dir, config_name)) from None
     finally:
         GlobalHydra.instance().clear()
+    defaults = _compose_choices(overrides, config_dir, config_name)
+    for override in overrides:
+        key, _, written = override.partition("=")
+        usual, given = (OmegaConf.select(node, key, throw_on_missing=False) for node in (defaults, config))
+        if isinstance(usual, bool | int | float) and isinstance(given, str):
+            kind = "true or false" if isinstance(usual, bool) else "a number"
+            raise ConfigError(f"{key}={written}: expected {kind}, as in {key}={str(usual).lower()}")
 
 
 def explain(error: Exception, overrides: Sequence[str], config_dir: Path, config_name: str) -> str:
@@ -94,7 +104,8 @@ def explain(error: Exception, overrides: Sequence[str], config_dir: Path, config
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
         if f"override {override}" in text.replace("'", "") or f"'{key.split('.')[-1]}'" in text or override in text:
-            known = _known_keys(config_dir, config_name, overrides)
+            composed = _compose_choices(overrides, config_dir, config_name)
+            known = sorted(_flatten(OmegaConf.to_container(composed, resolve=False)))
             parent = key.rpartition(".")[0]
             siblings = [name for name in known if name.rpartition(".")[0] == parent] or known
             if key not in known:
@@ -111,19 +122,19 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f"; expected one of {', '.join(known)}" if known and len(known) <= 20 else ""
 
 
-def _known_keys(config_dir: Path, config_name: str, overrides: Sequence[str]) -> list[str]:
-    """All keys of the configuration under the overrides that do compose (choices of groups first of all)."""
+def _compose_choices(overrides: Sequence[str], config_dir: Path, config_name: str) -> DictConfig:
+    """The configuration under the choices of groups alone, or under none where those do not compose."""
     groups = {path.name for path in config_dir.iterdir() if path.is_dir()}
     choices = [override for override in overrides if override.partition("=")[0] in groups]
     for attempt in (choices, []):
         try:
-            GlobalHydra.instance().clear()
             with hydra.initialize_config_dir(str(config_dir), version_base="1.3"):
-                config = hydra.compose(config_name, overrides=attempt)
-            return sorted(_flatten(OmegaConf.to_container(config, resolve=False)))
+                return hydra.compose(config_name, overrides=attempt)
         except (HydraException, OmegaConfBaseException):
             continue
-    return sorted(groups)
+        finally:
+            GlobalHydra.instance().clear()
+    return OmegaConf.create()
 
 
 def _flatten(node: Any, prefix: str = "") -> list[str]:
@@ -155,13 +166,11 @@ def instantiate(node: Any, **extra: Any) -> Any:
 
 def _explain_target(error: InstantiationException) -> str:
     text = " ".join(str(error).split())
-    unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
+    unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     target = re.search(r"target '([\w.]+)'", text)
-    if unknown and target:
-        try:
-            signature = inspect.signature(hydra.utils.get_object(target[1]))
-            close = nearest(unknown[1], list(signature.parameters))
-        except Exception:
-            close = ""
-        return f"{target[1]} has no argument {unknown[1]!r}{close}"
-    return text
+    if not unknown or not target:
+        return text
+    known = []
+    if target[1].endswith(f".{unknown[1]}"):  # else the target called a factory, whose arguments are not at hand
+        known = list(inspect.signature(hydra.utils.get_object(target[1])).parameters)
+    return f"{unknown[1]} has no argument {unknown[2]!r}{nearest(unknown[2], known)}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,15 @@ from evomoe.cli import instantiate
 from evomoe.data.tokenizer import Tokenizer
 from evomoe.errors import ConfigError
 from evomoe.models.generation import Generation, generate
+from evomoe.models.gpt import GPT
+from evomoe.tasks import LanguageModeling
 
 ALLOWED_TARGETS = ("evomoe.", "lightning.", "torch.")
 """Packages whose classes a checkpoint's configuration may name: a file must not choose what else is called."""
+
+
+NOISE = ("GPU available", "TPU available", "\N{ELECTRIC LIGHT BULB} Tip", "`Trainer.fit` stopped")
+"""Beginnings of Lightning's messages that tell nothing about the run."""
 
 
 def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
@@ -31,6 +39,7 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     Returns:
         The last value of every metric, and the objects of the run by name.
     """
+    _hush()
     L.seed_everything(config.seed, workers=True, verbose=False)
     with open_dict(config):
         config.paths.cache_dir = str(Path(config.paths.cache_dir).expanduser())
@@ -50,7 +59,7 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     if config.evolution is not None:
         callbacks.insert(0, instantiate(config.evolution))
     callbacks.insert(0, RandomState())  # before the others, whose draws are part of the run that a resume repeats
-    plain_config = OmegaConf.to_container(config, resolve=True)
+    plain_config: Any = OmegaConf.to_container(config, resolve=True)
     for callback in callbacks:
         if isinstance(callback, SafeCheckpoint):
             callback.config = plain_config
@@ -71,15 +80,19 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
         metrics.update(trainer.callback_metrics)
     values = {name: float(value) for name, value in metrics.items()}
     objects = {"config": config, "data": data, "task": task, "trainer": trainer, "callbacks": callbacks}
-    _close(trainer, values)
+    if trainer.is_global_zero:
+        for summary in (callback for callback in callbacks if isinstance(callback, RunSummary)):
+            print_closing(summary, trainer, values)
     return values, objects
 
 
-def _close(trainer: L.Trainer, values: dict[str, float]) -> None:
-    if not trainer.is_global_zero:
-        return
-    for summary in (callback for callback in trainer.callbacks if isinstance(callback, RunSummary)):
-        print_closing(summary, trainer, values)
+def _hush() -> None:
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", module="lightning.*")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(NOISE)
 
 
 def _find_resume(config: DictConfig) -> Path | None:
@@ -127,7 +140,7 @@ class Restored:
 
     path: Path
     config: DictConfig
-    task: L.LightningModule
+    task: LanguageModeling
     tokenizer: Tokenizer
     step: int
 
@@ -181,6 +194,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     data = instantiate(restored.config.data)
     data.prepare_data()
     data.setup()
+    _hush()
     trainer = L.Trainer(
         accelerator=config.accelerator,
         devices=1,
@@ -210,7 +224,7 @@ def write(config: DictConfig) -> list[str]:
     if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
         raise ConfigError('prompt is empty: expected prompt="def " or prompt=["one","two"]')
     restored = restore(config.ckpt_path, config.log_dir)
-    model = restored.task.model
+    model: GPT = restored.task.model
     device = torch.device(config.device)
     model.to(device)
     encoded = [restored.tokenizer.encode(prompt) for prompt in prompts]

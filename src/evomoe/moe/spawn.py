@@ -7,7 +7,7 @@ readable text of it says. Everything below is our reading, each choice an option
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +26,8 @@ class Spawn:
 
     Args:
         method: ``mask`` sets a random share of the weights to zero, independently per weight and expert; ``noise``
-            adds Gaussian noise; ``copy`` clones; ``reinit`` draws a random share of the hidden units anew, with the mean and
-            deviation of the weights they replace (Drop-Upcycling, arXiv 2502.19261).
+            adds Gaussian noise; ``copy`` clones; ``reinit`` draws a random share of the hidden units anew, with the
+            mean and deviation of the weights they replace (Drop-Upcycling, arXiv 2502.19261).
         ratio: share of masked weights, share of redrawn units, or the noise's deviation in units of the weight's own.
         rescale: ``mask`` only: divide the surviving weights by ``1 - ratio``.
         keep_first: leave expert 0 as it was trained.
@@ -129,9 +129,9 @@ def _unit_mask(name: str, parameter: nn.Parameter, units: Tensor) -> Tensor:
     return repeated[:, None].expand_as(parameter) if parameter.dim() == 2 else repeated
 
 
-def _draw(draw: object, like: Tensor, generator: torch.Generator) -> Tensor:
+def _draw(draw: Callable[..., Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
     """Noise drawn on the CPU, so that it is the same on every device."""
-    return draw(like.shape, generator=generator).to(like)  # type: ignore[operator, no-any-return]
+    return draw(like.shape, generator=generator).to(like)
 
 
 def _generator(seed: int, name: str, expert: int) -> torch.Generator:

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -52,9 +52,8 @@ class LanguageModeling(L.LightningModule):
                         f"router.loss_coefficients.{name}={coefficient}: {type(layer.router).__name__} has no such "
                         f"loss (it has: {known}); name one of them or set the coefficient to 0"
                     )
-        self.mean_loss = torch.nn.ModuleDict(
-            {f"{split}_{rule}": MeanMetric() for split in ("val", "test") for rule in ("loss", "loss_sparse")}
-        )
+        self.mean_loss = MeanMetric()
+        self.mean_loss_sparse = MeanMetric()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits ``(B, S, V)`` of tokens ``(B, S)``."""
@@ -72,11 +71,11 @@ class LanguageModeling(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Accumulate the loss under both rules."""
-        self._evaluate("val", batch)
+        self._evaluate(batch)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Accumulate the loss under both rules."""
-        self._evaluate("test", batch)
+        self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean loss over all tokens, and perplexities."""
@@ -86,7 +85,7 @@ class LanguageModeling(L.LightningModule):
         """Log the mean loss over all tokens, and perplexities."""
         self._log_evaluation("test")
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with its schedule, stepped once per optimizer step."""
         optimizer = self.optimization.optimizer(self)
         scheduler = self.optimization.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
@@ -96,20 +95,18 @@ class LanguageModeling(L.LightningModule):
         tokens, valid = batch["tokens"], batch.get("valid")
         logits, routings = self.model(tokens[:, :-1], valid=valid, final_rule=final_rule)  # (B, S, V)
         targets = tokens[:, 1:] if valid is None else tokens[:, 1:].masked_fill(~valid, IGNORED)
-        total = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
         count = targets.numel() if valid is None else valid.sum().clamp(min=1)  # a batch may be padding throughout
         return total / count, routings
 
-    def _evaluate(self, split: str, batch: dict[str, Tensor]) -> None:
+    def _evaluate(self, batch: dict[str, Tensor]) -> None:
         valid = batch.get("valid")
         count = batch["tokens"][:, 1:].numel() if valid is None else valid.sum()
         loss, _ = self._cross_entropy(batch)
-        self.mean_loss[f"{split}_loss"].update(loss, count)
+        self.mean_loss.update(loss, count)
         if self._rules_differ():
             loss, _ = self._cross_entropy(batch, final_rule=True)
-        self.mean_loss[f"{split}_loss_sparse"].update(loss, count)
+        self.mean_loss_sparse.update(loss, count)
 
     def _rules_differ(self) -> bool:
         layers = self.model.moe_layers.values()
@@ -117,14 +114,12 @@ class LanguageModeling(L.LightningModule):
 
     def _log_evaluation(self, split: str) -> None:
         units = self.trainer.datamodule.units(split)  # type: ignore[attr-defined]
-        for rule in ("loss", "loss_sparse"):
-            metric = self.mean_loss[f"{split}_{rule}"]
+        for suffix, metric in (("", self.mean_loss), ("_sparse", self.mean_loss_sparse)):
             loss = metric.compute()
             metric.reset()
-            self.log(f"{split}/{rule}", loss, prog_bar=rule == "loss", sync_dist=False)
-            suffix = rule.removeprefix("loss")
+            self.log(f"{split}/loss{suffix}", loss, prog_bar=not suffix)
             self.log(f"{split}/perplexity{suffix}", loss.exp())
-            if rule == "loss":
+            if not suffix:
                 # Independent of the tokenizer: the same total surprise, shared among words or bytes.
                 self.log(f"{split}/perplexity_word", (loss * units["tokens"] / units["words"]).exp())
                 self.log(f"{split}/bits_per_byte", loss * units["tokens"] / units["bytes"] / math.log(2))

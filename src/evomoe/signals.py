@@ -21,12 +21,12 @@ class StopRequest:
     def __init__(self) -> None:
         self.signum: int | None = None
         self._previous: dict[signal.Signals, Any] = {}
-        self._announce = False
+        self._announcer = 0  # process id
 
     def listen(self, announce: bool) -> None:
         """Take over the handlers. ``announce`` tells a waiting user on stderr that the signal was heard."""
         self.signum = None
-        self._announce = announce
+        self._announcer = os.getpid() if announce else 0  # not its forked data workers
         # Python lets only the main thread set handlers; a run in another thread is stopped by its owner.
         if threading.current_thread() is threading.main_thread():
             self._previous = {signum: signal.signal(signum, self._hear) for signum in STOP_SIGNALS}
@@ -41,7 +41,7 @@ class StopRequest:
         if self.signum is not None:
             os._exit(128 + signum)
         self.signum = signum
-        if self._announce:
+        if self._announcer == os.getpid():
             name = signal.Signals(signum).name
             # os.write, as a handler may interrupt a print that holds the stream's lock.
             os.write(2, f"\n{name}: saving after the present optimizer step; repeat it to stop at once\n".encode())

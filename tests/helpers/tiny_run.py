@@ -1,6 +1,6 @@
 """A run of seconds with all that makes resuming hard: dropout, accumulation, shuffling, validation that draws numbers.
 
-Imported by the tests of this folder, and run by them as a script where a real process has to die.
+Tests import it, and run it as a script where a real process has to die.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ from evomoe.signals import leave_signals_to_trainer
 
 BATCHES = 7  # odd, so that with accumulation 2 every epoch ends in an open window
 BATCH_SIZE = 4
+RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 
 class TinyTask(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(3, 16), nn.Dropout(0.5), nn.Tanh(), nn.Linear(16, 1))
+
+    def setup(self, stage):
+        torch.manual_seed(torch.initial_seed() + RANK)  # ranks draw different dropout masks
 
     def training_step(self, batch, batch_idx):
         loss = F.mse_loss(self.net(batch[0]), batch[1])
@@ -84,14 +88,14 @@ class ResumableLoader:
 
 
 class PauseAt(L.Callback):
-    """Says "paused" before the given batch (counted over epochs) and waits for a line on standard input."""
+    """Says "paused <process id>" before a batch (counted over epochs) and waits for a line on standard input."""
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if trainer.fit_loop.total_batch_idx == self.batch:
-            print("paused", flush=True)
+            print("paused", os.getpid(), flush=True)
             sys.stdin.readline()
 
 
@@ -135,15 +139,17 @@ if __name__ == "__main__":
     parser.add_argument("--pause-at", type=int, default=-1)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--pause-rank", type=int, default=0)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     task, _ = fit(
         arguments.run_dir,
-        [PauseAt(arguments.pause_at)] if int(os.environ.get("LOCAL_RANK", 0)) == 0 else [],
+        [PauseAt(arguments.pause_at)] if arguments.pause_rank == RANK else [],
         resume=arguments.resume,
         max_steps=arguments.max_steps,
         workers=arguments.workers,
         devices=arguments.devices,
         strategy="ddp" if arguments.devices > 1 else "auto",
     )
-    print("weights", weights_hash(task.state_dict()), flush=True)
+    if RANK == 0:
+        print("weights", weights_hash(task.state_dict()), flush=True)

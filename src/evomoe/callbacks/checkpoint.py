@@ -209,7 +209,7 @@ class SafeCheckpoint(Checkpoint):
             path = checkpointing.checkpoint_path(self.run_dir, self._step)
             name = signal.Signals(signum).name
             print(
-                f"Stopped by {name} after optimizer step {self._step}; to go on, repeat the command with resume={path}",
+                f"Stopped by {name} after optimizer step {self._step}; to go on, add ckpt_path={path} to the command",
                 file=sys.stderr,
             )
         raise SystemExit(128 + signum)

@@ -12,7 +12,6 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from evomoe.callbacks.random_state import get_random_state, set_random_state
 from evomoe.errors import NonFiniteError
 
 
@@ -20,7 +19,7 @@ from evomoe.errors import NonFiniteError
 class _MicroBatch:
     index: int
     batch: Any
-    random_state: dict[str, Any]
+    random_state: tuple[Tensor, Tensor | None]
     loss: Tensor | None = None
 
 
@@ -50,7 +49,7 @@ class FiniteGuard(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Remember the batch until the optimizer step that it takes part in."""
-        self._window.append(_MicroBatch(batch_idx, batch, get_random_state(pl_module.device)))
+        self._window.append(_MicroBatch(batch_idx, batch, _random_state(pl_module.device)))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Remember the loss, without waiting for its value."""
@@ -74,28 +73,27 @@ class FiniteGuard(L.Callback):
 
     def _diagnosis(self, trainer: L.Trainer, pl_module: L.LightningModule) -> str:
         for micro in self._window:
-            if micro.loss is None or bool(micro.loss.isfinite()):
-                continue
-            where = f"batch {micro.index}: the loss is {micro.loss.item()}"
-            if any(_is_bad(tensor) for tensor in _tensors(micro.batch)):
-                return f"{where}, as the batch itself holds NaN or infinity"
-            layer = _first_bad_layer(trainer, pl_module, micro)
-            return (
-                f"{where}, and the first layer whose output is not finite is {layer}"
-                if layer
-                else (f"{where}, though every layer's output is finite: the loss function made it")
-            )
+            if micro.loss is not None and not bool(micro.loss.isfinite()):
+                return f"batch {micro.index}: the loss is {micro.loss.item()}, {_origin(trainer, pl_module, micro)}"
         first, last = self._window[0].index, self._window[-1].index
         where = f"batch {first}" if first == last else f"batches {first} to {last}"
-        bad = [
-            name for name, p in pl_module.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())
-        ]
+        parameters = [(name, p.grad) for name, p in pl_module.named_parameters() if p.grad is not None]
+        bad = [name for name, gradient in parameters if not bool(gradient.isfinite().all())]
         if not bad:
-            return f"{where}: another rank's loss or gradient is not finite"
-        # The backward pass runs from the last layer to the first.
-        return (
-            f"{where}: the loss is finite, but the gradient is not, first at {bad[-1]} ({len(bad)} parameters in all)"
-        )
+            return f"{where}: finite on this rank, but not on another"
+        # The backward pass comes from the last parameter to the first.
+        count = f"{len(bad)} parameter{'s' if len(bad) > 1 else ''}"
+        return f"{where}: the loss is finite, but the gradient is not, from {bad[-1]} on backwards ({count})"
+
+
+def _origin(trainer: L.Trainer, pl_module: L.LightningModule, micro: _MicroBatch) -> str:
+    """Where the non-finite loss of a batch came from."""
+    if any(_is_bad(tensor) for tensor in _tensors(micro.batch)):
+        return "as the batch itself holds NaN or infinity"
+    layer = _first_bad_layer(trainer, pl_module, micro)
+    if layer is None:
+        return "though every layer's output is finite"
+    return f"and the first layer whose output is not finite is {layer}"
 
 
 def _first_bad_layer(trainer: L.Trainer, pl_module: L.LightningModule, micro: _MicroBatch) -> str | None:
@@ -113,12 +111,19 @@ def _first_bad_layer(trainer: L.Trainer, pl_module: L.LightningModule, micro: _M
                     lambda module, _args, output, name=name: check(name, module, output)
                 )
                 stack.callback(hook.remove)
-        set_random_state(micro.random_state, pl_module.device)
+        cpu, cuda = micro.random_state
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, pl_module.device)
         stack.enter_context(torch.no_grad())
         stack.enter_context(trainer.precision_plugin.train_step_context())
         stack.enter_context(_silenced(pl_module))
         pl_module.training_step(micro.batch, micro.index)
     return found[0] if found else None
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
 @contextlib.contextmanager

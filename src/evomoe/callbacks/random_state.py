@@ -46,12 +46,17 @@ class RandomState(L.Callback):
         """Forget the state of an earlier fit."""
         self._state = None
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remember the state for the first batch, unless a checkpoint brought one."""
+        if self._state is None:
+            self._state = get_random_state(pl_module.device)
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Undo whatever was drawn since the last batch."""
-        if self._state is not None:
-            set_random_state(self._state, pl_module.device)
+        assert self._state is not None
+        set_random_state(self._state, pl_module.device)
 
     def on_train_batch_end(
         self,

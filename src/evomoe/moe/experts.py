@@ -73,7 +73,7 @@ class Experts(nn.Module):
         def parameters(*shape: int) -> nn.ParameterList:
             return nn.ParameterList(nn.Parameter(torch.empty(shape)) for _ in range(num_experts))
 
-        d_in = self.activation.width_factor * d_expert
+        d_in = self.activation.arguments * d_expert
         self.w_in = parameters(d_in, d_model)
         self.w_out = parameters(d_model, d_expert)
         self.b_in = parameters(d_in) if bias else None

@@ -64,16 +64,16 @@ def loop_mix(
 ) -> Tensor:
     """Gather, experts and weighted combine, ``(T, D)`` to ``(T, D)``, as one node of the graph."""
     parameters = (*weights.w_in, *weights.w_out, *weights.b_in, *weights.b_out)
-    counts = tokens_per_expert.tolist()
     hidden = hidden.to(compute_dtype(hidden))
-    return _LoopMix.apply(hidden, weight, token, counts, activation, torch.is_grad_enabled(), *parameters)
+    return _LoopMix.apply(hidden, weight, token, tokens_per_expert.tolist(), activation, *parameters)
 
 
 class _LoopMix(torch.autograd.Function):
-    """The fused loop. An expert's inner states lie transposed, ``(F, N)``.
+    """The fused loop. An expert's inner states lie transposed, ``(H, N)``, one expert after the other.
 
     BLAS then divides the products along their wide side among its threads: for N = 64, D = 256, H = 1024 the first
-    product of 64 experts takes 16 ms on two cores, against 20 to 31 ms for ``(N, F)``.
+    product of 64 experts takes 16 ms on two cores, against 20 to 31 ms for ``(N, H)``. The activation runs over all
+    experts at once.
     """
 
     @staticmethod
@@ -84,61 +84,79 @@ class _LoopMix(torch.autograd.Function):
         token: Tensor,
         counts: list[int],
         activation: Activation,
-        keep: bool,
         *parameters: Tensor,
     ) -> Tensor:
         w_in, w_out, b_in, b_out = _by_matrix(parameters, len(counts), hidden.dtype)
-        d_in, d_act = w_in[0].shape[0], w_out[0].shape[1]
+        d_expert = w_out[0].shape[1]
         with torch.autocast(hidden.device.type, enabled=False):
             rows = hidden.index_select(0, token)  # (A, D)
+            rows_by_expert = rows.split(counts)
+            pre = [hidden.new_empty(token.numel() * d_expert) for _ in range(activation.arguments)]
+            for part, memory in enumerate(pre):
+                w_part, b_part = _part(w_in, part, len(pre)), _part(b_in, part, len(pre))
+                for e, pre_e in enumerate(_blocks(memory, d_expert, counts)):
+                    bias = b_part[e].unsqueeze(1) if b_part else None
+                    _product(w_part[e], rows_by_expert[e].t(), bias, pre_e)
+            act = activation.function(*pre)
             y = torch.empty_like(rows)
-            # What backward does not need, all experts write to one place, which stays in the cache.
-            places = token.numel() if keep else max(counts)
-            pre, act = hidden.new_empty(places * d_in), hidden.new_empty(places * d_act)
-            blocks = zip(_blocks(pre, d_in, counts), _blocks(act, d_act, counts), strict=True)
-            slices = zip(rows.split(counts), y.split(counts), strict=True)
-            for e, ((pre_e, act_e), (rows_e, y_e)) in enumerate(zip(blocks, slices, strict=True)):
-                _product(w_in[e], rows_e.t(), b_in[e].unsqueeze(1) if b_in else None, pre_e)
-                activation.forward(pre_e, act_e)
+            for e, (act_e, y_e) in enumerate(zip(_blocks(act, d_expert, counts), y.split(counts), strict=True)):
                 _product(act_e.t(), w_out[e].t(), b_out[e] if b_out else None, y_e)
             order, first = _bags(token, hidden.shape[0])
             dtype = torch.promote_types(y.dtype, weight.dtype)
             out = _sum_by_token(y.to(dtype), order, first, weight[order].to(dtype))
-        if keep:
-            ctx.save_for_backward(rows, y, pre, act, weight, token, order, first, *parameters)
-            ctx.counts, ctx.activation = counts, activation
+        ctx.save_for_backward(rows, act, y, weight, token, order, first, *pre, *parameters)
+        ctx.counts, ctx.activation = counts, activation
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
-        rows, y, pre, act, weight, token, order, first, *parameters = ctx.saved_tensors
+        rows, act, y, weight, token, order, first, *others = ctx.saved_tensors
         counts, activation = ctx.counts, ctx.activation
-        experts_learn = any(ctx.needs_input_grad[6:])
-        w_in, w_out, b_in, _ = _by_matrix(parameters, len(counts), rows.dtype)
-        d_in, d_act = w_in[0].shape[0], w_out[0].shape[1]
-        grads: list[list[Tensor]] = [[], [], [], []]
+        pre, parameters = others[: activation.arguments], others[activation.arguments :]
+        weights = _by_matrix(parameters, len(counts), rows.dtype)
+        d_expert = weights.w_out[0].shape[1]
         with torch.autocast(rows.device.type, enabled=False):
             d_y = d_out.index_select(0, token)  # (A, D)
             d_weight = torch.linalg.vecdot(d_y, y.to(d_y.dtype))
             d_y = d_y.mul_(weight.unsqueeze(1)).to(rows.dtype)
-            d_act_blocks = _blocks(rows.new_empty(max(counts) * d_act), d_act, counts)
-            blocks = zip(_blocks(pre, d_in, counts), _blocks(act, d_act, counts), d_act_blocks, strict=True)
-            slices = zip(rows.split(counts), d_y.split(counts), strict=True)
-            for e, ((pre_e, act_e, d_act_e), (rows_e, d_y_e)) in enumerate(zip(blocks, slices, strict=True)):
-                torch.mm(w_out[e].t(), d_y_e.t(), out=d_act_e)
-                d_pre_e = activation.backward(d_act_e, pre_e)
-                if experts_learn:
-                    grads[0].append(torch.mm(d_pre_e, rows_e))
-                    grads[1].append(torch.mm(d_y_e.t(), act_e.t()))
-                    if b_in:
-                        grads[2].append(d_pre_e.sum(1))
-                        grads[3].append(d_y_e.sum(0))
-                # The rows' gradient takes the place of d_y_e, which nobody reads any more.
-                torch.mm(d_pre_e.t(), w_in[e], out=d_y_e)
+            d_y_by_expert = d_y.split(counts)
+            d_act = torch.empty_like(act)
+            for w_out, d_y_e, d_act_e in zip(
+                weights.w_out, d_y_by_expert, _blocks(d_act, d_expert, counts), strict=True
+            ):
+                torch.mm(w_out.t(), d_y_e.t(), out=d_act_e)
+            d_pre = activation.gradient(d_act, *pre)
+            d_parameters: Sequence[Tensor | None] = [None] * len(parameters)
+            if any(ctx.needs_input_grad[5:]):
+                d_parameters = _weight_gradients(rows, act, d_pre, d_y, counts, weights)
+            d_rows_by_expert = d_y_by_expert  # nobody reads d_y any more: the rows' gradient takes its place
+            for part, memory in enumerate(d_pre):
+                w_part = _part(weights.w_in, part, len(d_pre))
+                for w_in, d_pre_e, d_rows_e in zip(
+                    w_part, _blocks(memory, d_expert, counts), d_rows_by_expert, strict=True
+                ):
+                    d_rows_e.addmm_(d_pre_e.t(), w_in, beta=int(part > 0))
             d_hidden = _sum_by_token(d_y, order, first)
-        d_parameters = [d for matrix in grads for d in matrix] if experts_learn else [None] * len(parameters)
-        return d_hidden, d_weight, None, None, None, None, *d_parameters
+        return d_hidden, d_weight, None, None, None, *d_parameters
+
+
+def _weight_gradients(
+    rows: Tensor, act: Tensor, d_pre: Sequence[Tensor], d_y: Tensor, counts: list[int], weights: Weights
+) -> list[Tensor]:
+    d_expert = weights.w_out[0].shape[1]
+    d_w_in, d_w_out, d_b_in, d_b_out = ([torch.empty_like(parameter) for parameter in matrix] for matrix in weights)
+    for part, memory in enumerate(d_pre):
+        d_w_part, d_b_part = _part(d_w_in, part, len(d_pre)), _part(d_b_in, part, len(d_pre))
+        for e, (d_pre_e, rows_e) in enumerate(zip(_blocks(memory, d_expert, counts), rows.split(counts), strict=True)):
+            torch.mm(d_pre_e, rows_e, out=d_w_part[e])
+            if d_b_part:
+                torch.sum(d_pre_e, 1, out=d_b_part[e])
+    for e, (act_e, d_y_e) in enumerate(zip(_blocks(act, d_expert, counts), d_y.split(counts), strict=True)):
+        torch.mm(d_y_e.t(), act_e.t(), out=d_w_out[e])
+        if d_b_out:
+            torch.sum(d_y_e, 0, out=d_b_out[e])
+    return [*d_w_in, *d_w_out, *d_b_in, *d_b_out]
 
 
 def _by_matrix(parameters: Sequence[Tensor], num_experts: int, dtype: torch.dtype) -> Weights:
@@ -146,11 +164,15 @@ def _by_matrix(parameters: Sequence[Tensor], num_experts: int, dtype: torch.dtyp
     return Weights(*(cast[i : i + num_experts] for i in range(0, len(cast), num_experts)))
 
 
-def _blocks(memory: Tensor, width: int, counts: list[int]) -> list[Tensor]:
-    """A ``(width, N)`` view of ``memory`` per expert: one after the other, or all at its start if it is too small."""
-    sizes = [width * n for n in counts]
-    parts = memory.split(sizes) if memory.numel() == sum(sizes) else [memory[:size] for size in sizes]
-    return [part.view(width, n) for part, n in zip(parts, counts, strict=True)]
+def _part(matrix: Sequence[Tensor], part: int, parts: int) -> Sequence[Tensor]:
+    """Of each expert's matrix the rows that make one argument of the activation, ``(H, ...)``."""
+    return matrix if parts == 1 else [expert.chunk(parts)[part] for expert in matrix]
+
+
+def _blocks(memory: Tensor, d_expert: int, counts: list[int]) -> list[Tensor]:
+    """Each expert's ``(H, N)`` in the ``A * H`` elements of ``memory``."""
+    blocks = memory.split([d_expert * n for n in counts])
+    return [block.view(d_expert, n) for block, n in zip(blocks, counts, strict=True)]
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:

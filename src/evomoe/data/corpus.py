@@ -40,7 +40,7 @@ class Corpus(ABC):
 
     @abstractmethod
     def pieces(self, split: str, progress: Progress) -> Iterator[Piece]:
-        """Read a split from its start.
+        """Read a split from its start; the last piece of all ends a document.
 
         Args:
             split: One of `SPLITS`.

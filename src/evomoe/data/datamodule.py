@@ -68,7 +68,7 @@ class TextDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._requested_vocab_size = vocab_size
-        self._cache_dir = Path(cache_dir)
+        self._cache_dir = Path(cache_dir).expanduser()
         self._store: TokenStore | None = None
 
     # -- Preparation --------------------------------------------------------------------------------------------------

@@ -73,10 +73,14 @@ class EvaluationWindows(Dataset[Batch]):
 
 
 class TrainingSampler(DistributedSampler[int]):
-    """A training order that is a pure function of (seed, epoch), and can start in the middle.
+    """An endless training order that is a pure function of (seed, epoch), and can start anywhere.
 
     Global batch i of an epoch takes the next `world_size * batch_size` windows of that epoch's permutation, and rank r
     the r-th run of `batch_size` of them. What does not fill a global batch is left to other epochs.
+
+    One iteration yields as many batches as an epoch has, from `position` on, whatever epoch they belong to. So the
+    order does not hang on the Trainer's epochs, which end early under `limit_train_batches` and of which it counts one
+    too many when a run with `max_steps` is resumed from the end of an epoch: `set_epoch` changes nothing.
 
     Args:
         windows: The data set.
@@ -95,7 +99,8 @@ class TrainingSampler(DistributedSampler[int]):
     ) -> None:
         super().__init__(windows, num_replicas=world_size, rank=rank, seed=seed, drop_last=True)
         self.batch_size = batch_size
-        self.first_batch = 0  # of the next iteration only
+        self.batches = len(windows) // (batch_size * world_size)  # of an epoch
+        self.position = 0  # batches handed over, over all epochs
         # What the order of batches depends on.
         self.identity = {
             "data fingerprint": fingerprint,
@@ -105,7 +110,6 @@ class TrainingSampler(DistributedSampler[int]):
             "world size": world_size,
         }
         self._windows = len(windows)
-        self.batches = self._windows // (batch_size * world_size)
         if self.batches == 0:
             raise ConfigError(
                 f"the training split has {self._windows} windows of data.context + 1 tokens, fewer than one batch of "
@@ -117,18 +121,15 @@ class TrainingSampler(DistributedSampler[int]):
         return self.batches * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
-        order = torch.randperm(self._windows, generator=generator)
-        order = order[: self.batches * self.num_replicas * self.batch_size]
-        mine = order.view(self.batches, self.num_replicas, self.batch_size)[self.first_batch :, self.rank]
-        self.first_batch = 0
-        return iter(mine.flatten().tolist())
+        epoch, batch = divmod(self.position, self.batches)
+        start = batch * self.batch_size
+        yield from self._order(epoch)[start:]
+        yield from self._order(epoch + 1)[:start]
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; a position restored within another epoch is dropped."""
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self.first_batch = 0
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+        order = torch.randperm(self._windows, generator=generator)[: len(self) * self.num_replicas]
+        return order.view(self.batches, self.num_replicas, self.batch_size)[:, self.rank].flatten().tolist()
 
 
 class EvaluationSampler(DistributedSampler[int]):
@@ -156,31 +157,26 @@ class EvaluationSampler(DistributedSampler[int]):
 class ResumableDataLoader(DataLoader[Batch]):
     """A DataLoader whose position Lightning saves in the checkpoint and restores from it.
 
-    Batches count as done when handed over, whatever workers have fetched ahead. Iterating anew starts the epoch anew,
-    except for the first iteration after `load_state_dict`, which continues. Without Lightning, call
-    `loader.sampler.set_epoch(epoch)` before each epoch.
+    Batches count when handed over, whatever workers have fetched ahead. Each iteration continues where the one before
+    stopped, and hands over `len(loader)` batches, the number of an epoch.
 
     With `overfit_batches`, Lightning puts a sequential sampler in place of the `TrainingSampler`: the loader then
     repeats the same few batches and has no position to save.
     """
 
-    _done = 0  # batches handed over in this epoch
-
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         # A generator, so that nothing is read, and no worker started, before the first batch is asked for: Lightning
-        # makes iterators that it does not use, and sets the epoch after making one.
-        self._done = self.sampler.first_batch if isinstance(self.sampler, TrainingSampler) else 0
+        # makes iterators that it does not use.
         for batch in super().__iter__():
-            self._done += 1
+            if isinstance(self.sampler, TrainingSampler):
+                self.sampler.position += 1
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position as plain values, with what the order of batches depends on."""
         if not isinstance(self.sampler, TrainingSampler):
             return {}
-        # After the last batch of an epoch the position is the start of the next.
-        epochs, batch = divmod(self._done, self.sampler.batches)
-        return {"epoch": self.sampler.epoch + epochs, "batch": batch, "identity": self.sampler.identity}
+        return {"position": self.sampler.position, "identity": self.sampler.identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved position.
@@ -196,8 +192,7 @@ class ResumableDataLoader(DataLoader[Batch]):
                     f"cannot resume: the checkpoint was made with {name}={expected} and this run has "
                     f"{self.sampler.identity[name]}, so its batches would differ; restore that value or start a new run"
                 )
-        self.sampler.set_epoch(state["epoch"])
-        self.sampler.first_batch = self._done = state["batch"]
+        self.sampler.position = state["position"]
 
 
 def _mix(seed: int, epoch: int) -> int:

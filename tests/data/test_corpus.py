@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from itertools import chain, pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evomoe.data.corpus import BLOCK_CHARACTERS, HoldOut, Piece, blocks, fingerprint, normalise, text_key, unit_hash
+from evomoe.errors import ConfigError
+
+
+def test_hashes_are_the_same_on_every_machine() -> None:
+    assert fingerprint({"b": 1, "a": [2, None]}) == fingerprint({"a": [2, None], "b": 1}) == "2b837dfef2b42872"
+    # BLAKE2b of 64 bits, as `b2sum -l 64` prints it, of which the first 53 count.
+    assert unit_hash("torch/nn/functional.py") == (0x7E4A54DC0D500817 >> 11) / 2**53
+    assert unit_hash("torch/nn/functional.py", "cap") != unit_hash("torch/nn/functional.py")
+
+
+def test_unit_hash_is_even() -> None:
+    values = [unit_hash(f"package/module_{i}.py") for i in range(4000)]
+    assert min(values) >= 0
+    assert max(values) < 1
+    # Four standard deviations of a binomial count with p = 1/4.
+    assert all(abs(sum(q / 4 <= v < (q + 1) / 4 for v in values) - 1000) < 4 * (4000 * 3 / 16) ** 0.5 for q in range(4))
+
+
+def test_white_space_does_not_make_another_text() -> None:
+    assert normalise("  One\n\ttwo ") == "One two"
+    assert text_key("One two") == text_key("One\n\n  two\t") != text_key("Onetwo")
+
+
+@given(st.lists(st.text(max_size=300).map(lambda line: line + "\n"), max_size=80))
+def test_blocks_are_the_lines_and_end_one_document(lines: list[str]) -> None:
+    found = list(blocks(lines))
+    assert "".join(piece.text for piece in found) == "".join(lines)
+    assert [piece.ends_document for piece in found] == [False] * (len(found) - 1) + [True] * bool(found)
+    assert all(len(piece.text) >= BLOCK_CHARACTERS for piece in found[:-1])
+    assert all(len(piece.text) < BLOCK_CHARACTERS + 301 for piece in found)
+
+
+class TestHoldOut:
+    def test_a_gap_ends_the_document(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        where = {"a": 0.9, "b": 0.9, "c": 0.0, "d": 0.9, "e": 0.3, "f": 0.9}
+        monkeypatch.setattr("evomoe.data.corpus.unit_hash", lambda text, salt: where[text])
+        stream = [Piece(text, ends_document=text == "f") for text in "abcdef"]
+        holdout = HoldOut(["val", "test"], 0.2)
+        assert list(holdout.select("train", stream)) == [("a", False), ("b", True), ("d", True), ("f", True)]
+        assert list(holdout.select("val", stream)) == [("c", True)]
+        assert list(holdout.select("test", stream)) == [("e", True)]
+
+    @given(st.lists(st.tuples(st.text(max_size=8), st.booleans()), max_size=60))
+    def test_every_piece_goes_to_one_split_and_equal_ones_together(self, items: list[tuple[str, bool]]) -> None:
+        stream = [*(Piece(*item) for item in items), Piece("the end", ends_document=True)]
+        holdout = HoldOut(["val", "test"], 0.25)
+        parts = {split: [piece.text for piece in holdout.select(split, stream)] for split in ("train", "val", "test")}
+        assert sorted(chain.from_iterable(parts.values())) == sorted(piece.text for piece in stream)
+        keys = [{text_key(text) for text in part} for part in parts.values()]
+        assert sum(map(len, keys)) == len(set().union(*keys))
+
+    @given(st.lists(st.tuples(st.text(max_size=8), st.booleans()), max_size=60))
+    def test_documents_never_merge(self, items: list[tuple[str, bool]]) -> None:
+        """Kept pieces of two documents always have a document end between them."""
+        stream = [Piece(f"{number} {text}", ends) for number, (text, ends) in enumerate(items)]
+        document, documents = 0, {}
+        for piece in stream:
+            documents[piece.text] = document
+            document += piece.ends_document
+        kept = list(HoldOut(["val"], 0.25).select("train", stream))
+        for before, after in pairwise(kept):
+            assert before.ends_document or documents[before.text] == documents[after.text]
+
+    def test_the_fraction_is_about_that(self) -> None:
+        stream = [Piece(f"row {i}", ends_document=True) for i in range(4000)]
+        held = len(list(HoldOut(["test"], 0.05).select("test", stream)))
+        assert abs(held - 200) < 4 * (4000 * 0.05 * 0.95) ** 0.5
+
+    @pytest.mark.parametrize("fraction", [0, -0.1, 0.3])
+    def test_refuses_other_fractions(self, fraction: float) -> None:
+        with pytest.raises(ConfigError, match=rf"data.holdout={fraction} must be above 0 and at most 0.25"):
+            HoldOut(["val"], fraction)

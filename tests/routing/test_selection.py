@@ -84,7 +84,7 @@ def test_gshard_counterexample_of_causality():
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k", "factor", "places"),
     [
-        (1000, 10, 1, 1.1, 110),  # 110.00000000000001 in floating point
+        (100, 10, 1, 1.1, 11),  # 11.000000000000002 in floating point
         (5, 4, 1, 1.0, 2),
         (8, 4, 1, 1.0, 2),
         (8, 4, 2, 1.25, 5),

@@ -76,7 +76,7 @@ def within_capacity(expert: Tensor, capacity: Tensor | int, valid: Tensor | None
 def capacity_per_expert(num_tokens: Tensor, num_experts: int, top_k: int, factor: float) -> Tensor:
     """Places per expert, ``ceil(T * K / E * factor)`` over real tokens, as a 0-dim tensor (at least 1)."""
     places = num_tokens.double() * top_k * factor / num_experts
-    return (places - 1e-9).ceil().clamp(min=1)  # 1000 * 1.1 / 10 is 110 places, whatever the last bit says
+    return (places - 1e-9).ceil().clamp(min=1)  # 100 * 1.1 / 10 is 11 places, whatever the last bit says
 
 
 def count_tokens(valid: Tensor | None, hidden: Tensor) -> Tensor:

@@ -168,7 +168,7 @@ class TestBar:
         console = terminal()
         fit(tmp_path, FakeEvolution(), EvolutionProgress(console=console))
         bar, status = drawn(console).rstrip().splitlines()[-2:]
-        assert re.fullmatch(r"hardened ━+ 6/6 elapsed 0:00:\d\d, left 0:00:00", bar.strip())
+        assert re.fullmatch(r"hardened ━+ 6/6 elapsed 0:\d\d:\d\d, left 0:00:00", bar.strip())
         words = status.strip()
         assert words == "loss 5.000  val loss 4.000  temperature 0.75  active experts 2.50  18.2k tok/s"
 

@@ -60,14 +60,14 @@ class LanguageModeling(L.LightningModule):
         return self.model(tokens)[0]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """One forward pass; returns the optimized loss and the routings for the callbacks."""
+        """One forward pass; returns the optimized loss, and for the callbacks the loss of the task and the routings."""
         loss, routings = self._cross_entropy(batch)
         self.log("train/loss", loss, prog_bar=True)
         total = loss
         for name, value in sum_losses(routings).items():
             total = total + self.loss_coefficients.get(name, 0.0) * value
             self.log(f"train/loss_{name}", value / len(routings))
-        return {"loss": total, "routings": [routing.detach() for routing in routings]}
+        return {"loss": total, "task_loss": loss.detach(), "routings": [routing.detach() for routing in routings]}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Accumulate the loss under both rules."""

@@ -26,10 +26,9 @@ class _MicroBatch:
 class FiniteGuard(L.Callback):
     """Stops a fit before an optimizer step whose loss or gradient is NaN or infinite; the weights stay as they were.
 
-    Each optimizer step costs one pass over the gradients for their largest magnitude and one transfer of a boolean to
-    the host. The magnitude, not the 2-norm that clipping uses: squares overflow fp32 from 1e20, so that the norm of
-    finite gradients may be infinite. Under fp16 loss scaling, where infinite gradients are normal and the scaler skips
-    their step, only the loss is looked at.
+    Each optimizer step costs the 2-norm of the gradients and one transfer of a boolean to the host. The norm of finite
+    gradients may be infinite, as squares overflow fp32 from 1e19; such gradients pass, on a second look. Under fp16
+    loss scaling, where infinite gradients are normal and the scaler skips their step, only the loss is looked at.
 
     Only after a failure is the forward pass of the failing batch repeated, with its own random state, to find the first
     layer whose output is not finite.
@@ -59,11 +58,13 @@ class FiniteGuard(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Let the step happen only if all that it uses is finite, on every rank."""
-        finite = torch.stack([micro.loss for micro in self._window if micro.loss is not None]).isfinite().all()
+        losses = torch.stack([micro.loss for micro in self._window if micro.loss is not None])
+        gradients = []
         if getattr(trainer.precision_plugin, "scaler", None) is None:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            finite = finite & torch.nn.utils.get_total_norm(gradients, norm_type=torch.inf).isfinite()
-        if not trainer.strategy.reduce_boolean_decision(bool(finite)):
+        norm = torch.nn.utils.get_total_norm(gradients)
+        finite = bool(losses.sum().add(norm).isfinite()) or all(bool(t.isfinite().all()) for t in (losses, *gradients))
+        if not trainer.strategy.reduce_boolean_decision(finite):
             step, epoch = trainer.global_step + 1, trainer.current_epoch
             raise NonFiniteError(
                 f"optimizer step {step}, epoch {epoch}, {self._diagnosis(trainer, pl_module)};"

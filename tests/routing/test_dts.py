@@ -143,10 +143,10 @@ def test_a_threshold_above_every_score_leaves_each_token_its_best_expert():
     assert torch.equal(routing.expert[order], routing.scores.argmax(dim=1))
 
 
-def test_underflowing_scores_keep_their_expert():
-    gate, inputs = gate_for(torch.tensor([[300.0, 0.0, 0.0]]), final_top_k=2)
+def test_underflowing_scores_keep_their_order():
+    gate, inputs = gate_for(torch.tensor([[300.0, -5.0, 0.0]]), final_top_k=2)
     routing = at(gate, 1.0)(final(inputs))
-    assert active_sets(routing) == [[0, 1]]
+    assert active_sets(routing) == [[0, 2]]
     assert routing.weight.tolist() == [1.0, 0.0]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from evomoe.errors import ConfigError
-from evomoe.routing import DenseMoE, RoutingInput, Switch, TopK
+from evomoe.routing import RoutingInput, Switch, TopK
 
 
 def topk_for(logits: torch.Tensor, **options: object) -> tuple[TopK, RoutingInput]:
@@ -58,16 +58,6 @@ def test_causality_declared_by_mode():
     assert (bounded.causal_in_train, bounded.causal_in_eval) == (False, True)
     both = TopK(8, 4, priority="choice", capacity_factor=1.0, eval_capacity_factor=2.0)
     assert (both.causal_in_train, both.causal_in_eval) == (False, False)
-
-
-def test_all_experts_are_the_dense_mixture():
-    torch.manual_seed(0)
-    dense = DenseMoE(16, 5)
-    router = TopK(16, 5, top_k=5, renormalize=False)
-    router.load_state_dict(dense.state_dict())
-    inputs = RoutingInput(hidden=torch.randn(9, 16), batch=1, sequence=9)
-    torch.testing.assert_close(router(inputs).to_dense(), dense(inputs).to_dense())
-    torch.testing.assert_close(dense(inputs).to_dense(), torch.softmax(inputs.hidden @ dense.gate.weight.t(), dim=1))
 
 
 def test_one_choice_without_renormalization_is_switch():

@@ -1,4 +1,4 @@
-"""Continue prompts with a checkpoint:  python generate.py ckpt_path=last prompt="The function returns""""
+"""Continue prompts with a checkpoint:  python generate.py ckpt_path=last prompt="The function returns"""
 
 from pathlib import Path
 

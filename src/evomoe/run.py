@@ -11,12 +11,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
 
-from evomoe.callbacks import Evolution, RandomState, RunSummary, SafeCheckpoint, print_closing
+from evomoe.callbacks import Evolution, EvolutionProgress, RandomState, RunSummary, SafeCheckpoint, print_closing
 from evomoe.checkpointing import VerifiedCheckpointIO, find_checkpoint, load_checkpoint, newest_checkpoint
 from evomoe.cli import instantiate
 from evomoe.data.tokenizer import Tokenizer
@@ -56,6 +57,8 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
         task.model.compile()
 
     callbacks = [instantiate(node) for node in (config.callbacks or {}).values() if node is not None]
+    if not config.logger:  # Lightning's monitor refuses to run without one
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     if config.evolution is not None:
         callbacks.insert(0, instantiate(config.evolution))
     callbacks.insert(0, RandomState())  # before the others, whose draws are part of the run that a resume repeats
@@ -199,6 +202,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         accelerator=config.accelerator,
         devices=1,
         logger=False,
+        callbacks=[EvolutionProgress()],
         enable_checkpointing=False,
         enable_model_summary=False,
         limit_val_batches=config.limit_batches,

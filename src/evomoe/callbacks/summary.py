@@ -110,7 +110,7 @@ class RunSummary(L.Callback):
         phase.rows += sum(expert_rows(routing) for routing in outputs["routings"])
         self._routed_tokens.extend(routing.num_tokens for routing in outputs["routings"])
         self._tokens.append(real_tokens(batch))
-        self._losses.append(outputs.get("task_loss", outputs["loss"]).detach())
+        self._losses.append(outputs["task_loss"])
         self._batches += 1
         if self._batches == FETCH_BATCHES:
             self._fetch()

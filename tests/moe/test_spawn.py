@@ -34,9 +34,7 @@ def snapshot(layer: MoELayer, expert: int) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in layer.experts.expert_parameters(expert).items()}
 
 
-def spawn_one(
-    layer: MoELayer, seed: int = 0, optimizer: torch.optim.Optimizer | None = None, **options: Any
-) -> None:
+def spawn_one(layer: MoELayer, seed: int = 0, optimizer: torch.optim.Optimizer | None = None, **options: Any) -> None:
     spawn_experts([("layer", layer)], Spawn(**options), seed, optimizer)
 
 

@@ -163,6 +163,16 @@ def test_max_bytes_keeps_the_same_files_and_no_more_bytes(package: Path) -> None
     assert large == sorted(large, key=lambda text: f"module_{int(text[-3:-1])}.py")
 
 
+def test_max_bytes_spares_the_reading_of_the_rest(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(60):
+        (package / f"module_{number}.py").write_text(module(f"{LONG} {number:02d}."))
+    opened: list[Path] = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (opened.append(path), read_bytes(path))[1])
+    read(corpus_of("docs", max_bytes=10 * len(f"{LONG} 00.")))
+    assert 11 <= len(opened) <= 12  # ten, the one that was too much, and perhaps the empty __init__.py
+
+
 def test_identity_names_versions_and_options(package: Path) -> None:
     corpus = EmbeddedCorpus("docs", 10, packages=["sample_package", "numpy", "no_such_package"])
     assert corpus.identity() == {

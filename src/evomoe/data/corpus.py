@@ -89,12 +89,14 @@ def blocks(lines: Iterable[str]) -> Iterator[Piece]:
 
 
 def track(progress: Progress, items: Iterable[Item], total: int, description: str) -> Iterator[Item]:
-    """Yield the items under a bar of their own, which goes when they end."""
+    """Yield the items under a bar of their own, which goes when they end or are left."""
     task = progress.add_task(description, total=total)
-    for item in items:
-        yield item
-        progress.advance(task)
-    progress.remove_task(task)
+    try:
+        for item in items:
+            yield item
+            progress.advance(task)
+    finally:
+        progress.remove_task(task)
 
 
 class HoldOut:

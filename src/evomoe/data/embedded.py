@@ -14,7 +14,7 @@ import inspect
 import platform
 import sysconfig
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,13 +76,14 @@ class EmbeddedCorpus(Corpus):
     """Docstrings (`docs`) or source files (`code`) of the installed scientific Python stack.
 
     Splits go by file: a stable hash of the relative path sends about 96/2/2 per cent of the files to train, val and
-    test. A text that occurs several times (white space aside) is kept once, at its first path in sorted order, whatever
-    the split. From val and test, paragraphs that the training split also holds are cut as well, so that what the two
-    score was never trained on. One file is one document.
+    test. A text that occurs several times (white space aside) is kept once, where it is met first, whatever the split.
+    From val and test, paragraphs that the training split also holds are cut as well, so that what the two score was
+    never trained on. One file is one document.
 
     Args:
         kind: `docs` or `code`.
-        max_bytes: Keep files, drawn evenly by a hash of their paths, until the next would exceed this many UTF-8 bytes.
+        max_bytes: Read files, in the order of another hash of their paths, until the next would exceed this many UTF-8
+            bytes; None reads all.
         packages: Names of installed packages; absent ones are left out.
         standard_library: Folder of Python's own modules; None leaves them out.
 
@@ -147,10 +148,19 @@ class EmbeddedCorpus(Corpus):
         return sorted(files)
 
     def _read(self, progress: Progress) -> dict[str, list[str]]:
-        seen: set[bytes] = set()
-        sources: list[_Source] = []
         files = self._files()
-        for path, file in track(progress, files, len(files), f"reading {self.kind}"):
+        if self.max_bytes is not None:
+            # In an order that favours no package, until there is enough: a small corpus is read quickly.
+            files.sort(key=lambda file: unit_hash(file[0], "cap"))
+        sources = self._sources(track(progress, files, len(files), f"reading {self.kind}"))
+        if self.max_bytes is not None:
+            sources = _cap(sources, self.max_bytes)
+        return _split(sorted(sources, key=lambda source: source.path))
+
+    def _sources(self, files: Iterable[tuple[str, Path]]) -> Iterator[_Source]:
+        """Yield what a file has to say that is neither trivial nor said before."""
+        seen: set[bytes] = set()
+        for path, file in files:
             for source in self._extract(path, file):
                 fresh = []
                 for text in source.texts:
@@ -162,10 +172,7 @@ class EmbeddedCorpus(Corpus):
                     seen.add(key)
                     fresh.append(text)
                 if fresh:
-                    sources.append(_Source(source.path, fresh))
-        if self.max_bytes is not None:
-            sources = _cap(sources, self.max_bytes)
-        return _split(sources)
+                    yield _Source(source.path, fresh)
 
     def _extract(self, path: str, file: Path) -> list[_Source]:
         """Return the texts of a file; none, and one more in the count of unreadable files, if it cannot be parsed."""
@@ -226,15 +233,12 @@ def _topics(module: ast.Module) -> Iterator[tuple[str, str]]:
                 yield name, inspect.cleandoc(text)
 
 
-def _cap(sources: list[_Source], max_bytes: int) -> list[_Source]:
-    """Keep files until the next exceeds the limit, in an order that favours no package, and restore the path order."""
-    kept = []
-    for source in sorted(sources, key=lambda source: unit_hash(source.path, "cap")):
+def _cap(sources: Iterable[_Source], max_bytes: int) -> Iterator[_Source]:
+    for source in sources:
         max_bytes -= sum(len(text.encode()) for text in source.texts)
         if max_bytes < 0:
-            break
-        kept.append(source)
-    return sorted(kept, key=lambda source: source.path)
+            return
+        yield source
 
 
 def _split(sources: list[_Source]) -> dict[str, list[str]]:

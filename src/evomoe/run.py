@@ -20,7 +20,7 @@ from rich.table import Table
 from evomoe.callbacks import Evolution, EvolutionProgress, RandomState, RunSummary, SafeCheckpoint, print_closing
 from evomoe.checkpointing import VerifiedCheckpointIO, find_checkpoint, load_checkpoint, newest_checkpoint
 from evomoe.cli import instantiate
-from evomoe.data.tokenizer import Tokenizer
+from evomoe.data import Tokenizer
 from evomoe.errors import ConfigError
 from evomoe.models.generation import Generation, generate
 from evomoe.models.gpt import GPT
@@ -171,8 +171,7 @@ def restore(ckpt_path: str, log_dir: str = "logs", overrides: list[str] | None =
         evolution: Evolution = instantiate(config.evolution)
         evolution.load_state_dict(checkpoint["callbacks"][evolution.state_key])
         evolution.apply(task, checkpoint["global_step"])
-    tokenizer = Tokenizer.from_json(checkpoint[config.data._target_.rpartition(".")[2]]["tokenizer"])
-    return Restored(path, config, task.eval(), tokenizer, checkpoint["global_step"])
+    return Restored(path, config, task.eval(), Tokenizer.from_checkpoint(checkpoint), checkpoint["global_step"])
 
 
 def _check_targets(node: Any, path: Path) -> None:

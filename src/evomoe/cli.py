@@ -6,18 +6,24 @@ Ctrl-C and SIGTERM.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
+import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evomoe.errors import ConfigError, NonFiniteError
@@ -36,11 +42,11 @@ def run_main(function: Callable[[DictConfig], Any], config_dir: Path, config_nam
     """
     sys.argv[1:] = [quote_text(argument) for argument in sys.argv[1:]]
     try:
-        overrides = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
-        if not {"-m", "--multirun"} & set(sys.argv[1:]):
-            check_overrides(overrides, config_dir, config_name)
+        check_overrides(read_overrides(sys.argv[1:]), config_dir, config_name)
     except ConfigError as error:
         _refuse(error)
+    if is_multirun(sys.argv[1:]):
+        sys.argv.append(_sweep_folder())
 
     @hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)
     def main(config: DictConfig) -> None:
@@ -68,11 +74,42 @@ def quote_text(argument: str) -> str:
     return f'{key}="{escaped}"' if '"' not in escaped else f"{key}='" + escaped.replace("'", "\\'") + "'"
 
 
+def read_overrides(arguments: Sequence[str]) -> list[str]:
+    """The overrides among the arguments of a command line; of a multirun, those that hold for all its jobs.
+
+    Raises:
+        ConfigError: an argument is neither an override nor an option of Hydra.
+    """
+    overrides = []
+    for option, argument in pairwise(["", *arguments]):
+        if argument.startswith("~") or ("=" in argument and not argument.startswith("-")):
+            overrides.append(argument)
+        elif not argument.startswith("-") and not option.startswith("-"):
+            raise ConfigError(f"{argument!r} is no override: expected key=value, as in seed=2")
+    if not is_multirun(arguments):
+        return overrides
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException as error:
+        raise ConfigError(_unreadable(error)) from None
+    return [override.input_line or "" for override in parsed if not override.is_sweep_override()]
+
+
+def is_multirun(arguments: Sequence[str]) -> bool:
+    """Whether a command line asks Hydra for several jobs."""
+    return not {"-m", "--multirun"}.isdisjoint(arguments)
+
+
+def _sweep_folder() -> str:
+    """The folder of a multirun, named once: data-parallel processes start from a copy of this command line."""
+    return f"hydra.sweep.dir=${{paths.log_dir}}/${{experiment_name}}/{time.strftime('%Y-%m-%d_%H-%M-%S')}_multirun"
+
+
 def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str) -> None:
     """Compose once, so that a mistyped word is answered with the nearest one that exists.
 
     Raises:
-        ConfigError: naming the word and the nearest valid one.
+        ConfigError: naming the word and the nearest valid one, a value of the wrong type, or a folder that cannot be.
     """
     GlobalHydra.instance().clear()
     try:
@@ -83,35 +120,49 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
     finally:
         GlobalHydra.instance().clear()
     defaults = _compose_choices(overrides, config_dir, config_name)
-    for override in overrides:
-        key, _, written = override.partition("=")
+    for key, override in {override.partition("=")[0]: override for override in overrides}.items():
         usual, given = (OmegaConf.select(node, key, throw_on_missing=False) for node in (defaults, config))
         if isinstance(usual, bool | int | float) and isinstance(given, str):
             kind = "true or false" if isinstance(usual, bool) else "a number"
-            raise ConfigError(f"{key}={written}: expected {kind}, as in {key}={str(usual).lower()}")
+            raise ConfigError(f"{override}: expected {kind}, as in {key}={str(usual).lower()}")
+    _check_folder(Path(config.hydra.run.dir))
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that Hydra could not make."""
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"the run folder {folder} cannot be written: choose another paths.log_dir")
 
 
 def explain(error: Exception, overrides: Sequence[str], config_dir: Path, config_name: str) -> str:
     """One line for a composition error of Hydra or OmegaConf."""
-    text = str(error) or str(error.__cause__)
-    missing = re.search(r"Could not find '([^']+)/([^'/]+)'", text) or re.search(
-        r"In '.*': Could not find '(.+)'", text
-    )
-    if missing and missing.lastindex == 2:
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error)
+    text = " ".join((str(error) or str(error.__cause__)).split())
+    missing = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
+    if missing:
         group, name = missing.groups()
-        known = sorted(path.stem for path in (config_dir / group).glob("*.yaml"))
-        return f"{group}={name} does not exist{nearest(name, known)}"
-    for override in overrides:
-        key = override.partition("=")[0].lstrip("+~")
-        if f"override {override}" in text.replace("'", "") or f"'{key.split('.')[-1]}'" in text or override in text:
-            composed = _compose_choices(overrides, config_dir, config_name)
-            known = sorted(_flatten(OmegaConf.to_container(composed, resolve=False)))
-            parent = key.rpartition(".")[0]
-            siblings = [name for name in known if name.rpartition(".")[0] == parent] or known
-            if key not in known:
-                return f"{override}: there is no key {key!r}{nearest(key, siblings)}"
-            return f"{override}: {' '.join(text.split())}"
-    return " ".join(text.split())
+        return f"{group}={name} does not exist{nearest(name, _choices(config_dir / group))}"
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown:
+        key = unknown[1]
+        override = next((given for given in overrides if given.partition("=")[0] == key), key)
+        composed = _compose_choices(overrides, config_dir, config_name)
+        group = key.partition(".")[0]
+        if group != key and group in composed and not composed[group] and (config_dir / group).is_dir():
+            return f"{override}: there is no {group} here; choose one of {', '.join(_choices(config_dir / group))}"
+        known = _flatten(OmegaConf.to_container(composed, resolve=False))
+        return f"{override}: there is no key {key!r}{nearest_key(key, known)}"
+    return text
+
+
+def _unreadable(error: OverrideParseException) -> str:
+    return f"{error.override} cannot be read: quote the value, as in 'key=\"value\"'"
+
+
+def _choices(group: Path) -> list[str]:
+    return sorted(path.stem for path in group.glob("*.yaml"))
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -120,6 +171,18 @@ def nearest(word: str, known: Sequence[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; expected one of {', '.join(known)}" if known and len(known) <= 20 else ""
+
+
+def nearest_key(key: str, known: Sequence[str]) -> str:
+    """The same for a dotted key: first among its siblings, then a key of that name anywhere else."""
+    parent, _, name = key.rpartition(".")
+    by_name = {other.rpartition(".")[2]: other for other in reversed(known)}
+    siblings = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == parent}
+    for names, cutoff in ((siblings, 0.6), (by_name, 0.8)):
+        close = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+        if close:
+            return f"; did you mean {names[close[0]]!r}?"
+    return nearest(name, sorted(siblings))
 
 
 def _compose_choices(overrides: Sequence[str], config_dir: Path, config_name: str) -> DictConfig:
@@ -142,17 +205,18 @@ def _flatten(node: Any, prefix: str = "") -> list[str]:
         return []
     keys = []
     for name, value in node.items():
-        keys.append(f"{prefix}{name}")
-        keys += _flatten(value, f"{prefix}{name}.")
+        if name != "_target_":
+            keys += [f"{prefix}{name}", *_flatten(value, f"{prefix}{name}.")]
     return keys
 
 
 def instantiate(node: Any, **extra: Any) -> Any:
-    """Hydra's ``instantiate`` with plain containers, and with errors of one line.
+    """Hydra's ``instantiate`` with plain containers, checked types, and errors of one line.
 
     Raises:
-        ConfigError: the one that the target raised, or one that names an unknown or missing argument.
+        ConfigError: the one that the target raised, or one that names an unknown, missing or ill-typed argument.
     """
+    check_types(node)
     try:
         return hydra.utils.instantiate(node, **extra, _convert_="all")
     except InstantiationException as error:
@@ -162,6 +226,62 @@ def instantiate(node: Any, **extra: Any) -> Any:
                 raise cause from None
             cause = cause.__cause__
         raise ConfigError(_explain_target(error)) from error
+
+
+def check_types(node: Any) -> None:
+    """Compare the plain values of a configuration with the annotations of the classes that they are for.
+
+    Raises:
+        ConfigError: naming the first key whose value has another type.
+    """
+    if not isinstance(node, DictConfig):
+        return
+    expected = _annotations(node["_target_"]) if "_target_" in node else {}
+    for name in node:
+        if OmegaConf.is_missing(node, name):
+            continue
+        value = node[name]
+        if isinstance(value, DictConfig):
+            check_types(value)
+        elif name in expected and not _fits(value, expected[name]):
+            raise ConfigError(f"{node._get_full_key(name)}={value}: expected {_words(expected[name])}")
+
+
+def _annotations(target: str) -> dict[str, Any]:
+    """Types of the arguments of a class, those that it hands on to its base classes included."""
+    annotations: dict[str, Any] = {}
+    for base in reversed(inspect.getmro(hydra.utils.get_class(target))):
+        if "__init__" in vars(base):
+            with contextlib.suppress(NameError):  # a name that is imported for type checkers only
+                annotations |= get_type_hints(vars(base)["__init__"])
+    return annotations
+
+
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path", NoneType: "null"}
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether an argument of this annotation may be given as a plain value or a list."""
+    for option in _options(annotation):
+        kind = get_origin(option) or option
+        if kind in (Any, Union, Literal):
+            return True
+        if isinstance(value, ListConfig):
+            fits = isinstance(kind, type) and kind is not str and issubclass(list, kind)
+        else:
+            fits = type(value) is kind or (type(value), kind) in ((int, float), (str, Path))
+        if fits:
+            return True
+    return False
+
+
+def _words(annotation: Any) -> str:
+    kinds = [get_origin(option) or option for option in _options(annotation)]
+    return " or ".join(dict.fromkeys(WORDS.get(kind, "a list or group of keys") for kind in kinds))
 
 
 def _explain_target(error: InstantiationException) -> str:

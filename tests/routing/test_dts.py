@@ -201,6 +201,18 @@ def test_the_choice_itself_has_no_gradient():
     torch.testing.assert_close(gradient.t(), expected)
 
 
+@pytest.mark.parametrize("final_rule", [False, True])
+def test_gradient_of_renormalized_weights_includes_their_sum(final_rule):
+    gate, inputs = gate_for(LOGITS, renormalize=True, threshold=0.2, final_top_k=2)
+    routing = at(gate, 0.7)(final(inputs) if final_rule else inputs)
+    direction = torch.randn(LOGITS.shape, generator=torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad((routing.to_dense() * direction).sum(), gate.gate.weight)
+    logits = LOGITS.clone().requires_grad_()
+    kept = torch.where(routing.to_dense() > 0, torch.softmax(logits / 0.7, dim=1), 0)
+    (expected,) = torch.autograd.grad((kept / kept.sum(dim=1, keepdim=True) * direction).sum(), logits)
+    torch.testing.assert_close(gradient.t(), expected)
+
+
 # Final rule
 
 

@@ -32,6 +32,17 @@ def test_hand_typed_top_2():
     assert raw(inputs).weight.tolist() == pytest.approx([0.5, 0.3, 0.3, 0.6])
 
 
+def test_gradient_of_renormalized_weights_is_that_of_a_softmax_over_the_chosen_logits():
+    logits = torch.tensor([[2.0, 0.5, 1.0], [-1.0, 0.0, 0.5]])
+    router, inputs = topk_for(logits)
+    direction = torch.tensor([[1.0, -2.0, 0.5], [0.3, 0.7, -1.0]])
+    (gradient,) = torch.autograd.grad((router(inputs).to_dense() * direction).sum(), router.gate.weight)
+    leaf = logits.clone().requires_grad_()
+    chosen = leaf.masked_fill(torch.tensor([[False, True, False], [True, False, False]]), -torch.inf)
+    (expected,) = torch.autograd.grad((torch.softmax(chosen, dim=1) * direction).sum(), leaf)
+    torch.testing.assert_close(gradient.t(), expected)
+
+
 def test_gshard_priority_lets_a_later_token_evict_a_second_choice():
     first = [0.6, 0.3, 0.1]
     for second, by_choice in (([0.1, 0.2, 0.7], [0, 1]), ([0.1, 0.7, 0.2], [0])):

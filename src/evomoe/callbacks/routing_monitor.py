@@ -14,19 +14,17 @@ from evomoe.routing.metrics import brief_metrics
 
 
 class RoutingMonitor(L.Callback):
-    """Logs ``moe/<layer>/...`` and the mean number of active experts.
+    """Logs ``moe/<layer>/...`` and the mean number of active experts, every ``log_every_n_steps``.
 
     Per MoE layer: ``active_experts`` (assignments per real token), ``rows`` (rows that the experts computed, per real
     token), ``load_max_violation``, ``router_entropy``, ``dropped``. Over all layers: ``moe/active_experts``. In
     TensorBoard also a histogram of the load, where ``histograms`` is set.
 
     Args:
-        every_n_steps: optimizer steps between two logs; None for the trainer's ``log_every_n_steps``.
         histograms: also log the tokens of each expert as a histogram.
     """
 
-    def __init__(self, every_n_steps: int | None = None, histograms: bool = False) -> None:
-        self.every_n_steps = every_n_steps
+    def __init__(self, histograms: bool = False) -> None:
         self.histograms = histograms
         self._logged = 0
 
@@ -34,9 +32,9 @@ class RoutingMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the routings of the batch, when it is a step to log."""
-        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         step = trainer.global_step
-        if step % every or step == self._logged:  # the latter: further batches of one accumulation window
+        # A window of accumulation counts once, by its last batch.
+        if step % trainer.log_every_n_steps or step == self._logged:  # type: ignore[attr-defined]
             return
         self._logged = step
         layers = list(pl_module.model.moe_layers)  # type: ignore[union-attr,arg-type]

@@ -117,12 +117,13 @@ class LanguageModeling(L.LightningModule):
         for suffix, metric in (("", self.mean_loss), ("_sparse", self.mean_loss_sparse)):
             loss = metric.compute()
             metric.reset()
-            self.log(f"{split}/loss{suffix}", loss, prog_bar=not suffix)
-            self.log(f"{split}/perplexity{suffix}", loss.exp())
+            values = {f"{split}/loss{suffix}": loss, f"{split}/perplexity{suffix}": loss.exp()}
             if not suffix:
                 # Independent of the tokenizer: the same total surprise, shared among words or bytes.
-                self.log(f"{split}/perplexity_word", (loss * units["tokens"] / units["words"]).exp())
-                self.log(f"{split}/bits_per_byte", loss * units["tokens"] / units["bytes"] / math.log(2))
+                values[f"{split}/perplexity_word"] = (loss * units["tokens"] / units["words"]).exp()
+                values[f"{split}/bits_per_byte"] = loss * units["tokens"] / units["bytes"] / math.log(2)
+            # Equal on all processes already; sync_dist keeps Lightning from doubting it.
+            self.log_dict(values, sync_dist=True)
 
 
 def sum_losses(routings: list[Routing]) -> dict[str, Tensor]:

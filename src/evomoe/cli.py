@@ -56,6 +56,11 @@ def run_main(function: Callable[[DictConfig], Any], config_dir: Path, config_nam
             _refuse(error)
         except NonFiniteError as error:
             _refuse(error, status=3)
+        except (KeyboardInterrupt, SystemExit) as error:
+            # Lightning turns a Ctrl-C outside of training into status 1.
+            if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+                raise
+            sys.exit(130)
 
     main()
 

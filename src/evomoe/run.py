@@ -41,6 +41,8 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
         The last value of every metric, and the objects of the run by name.
     """
     _hush()
+    if not (type(config.seed) is int and 0 <= config.seed < 2**32):
+        raise ConfigError(f"seed={config.seed}: expected a whole number from 0 to {2**32 - 1}")
     L.seed_everything(config.seed, workers=True, verbose=False)
     with open_dict(config):
         config.paths.cache_dir = str(Path(config.paths.cache_dir).expanduser())
@@ -166,7 +168,12 @@ def restore(ckpt_path: str, log_dir: str = "logs", overrides: list[str] | None =
         raise ConfigError(f"overrides={overrides}: {' '.join(str(error).split())}") from None
     _check_targets(config, path)
     task = instantiate(config.task, model=instantiate(config.model))
-    task.load_state_dict(checkpoint["state_dict"])
+    try:
+        task.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:  # other shapes or layers
+        raise ConfigError(
+            f"overrides={overrides} describe another model than the one in {path}: leave out model.* and router.gate.*"
+        ) from error
     if config.evolution is not None:
         evolution: Evolution = instantiate(config.evolution)
         evolution.load_state_dict(checkpoint["callbacks"][evolution.state_key])
@@ -192,7 +199,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     """Measure a checkpoint on a split of its data, under both routing rules."""
     if config.split not in ("val", "test"):
         raise ConfigError(f"split={config.split}: expected val or test")
-    restored = restore(config.ckpt_path, config.log_dir, list(config.overrides))
+    overrides = [config.overrides] if isinstance(config.overrides, str) else list(config.overrides)
+    restored = restore(config.ckpt_path, config.log_dir, overrides)
     data = instantiate(restored.config.data)
     data.prepare_data()
     data.setup()

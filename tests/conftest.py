@@ -1,1 +1,23 @@
 """Its presence puts this folder on the import path, so that any test can import ``routing.registry``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A text file of real English."""
+    from helpers.programs import write_corpus  # here, as it imports Hydra and Lightning, which most tests do not need
+
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.txt")
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus, tmp_path_factory) -> list[str]:
+    """Overrides that make a run of any experiment take seconds."""
+    from helpers.programs import tiny_overrides
+
+    return tiny_overrides(corpus, tmp_path_factory.mktemp("cache"))

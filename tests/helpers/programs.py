@@ -1,0 +1,149 @@
+"""The entry points as a user starts them, on a text of a few kB and a model of a few thousand weights.
+
+A Python that has to import torch and Lightning first takes seconds before it does anything. :func:`launch` therefore
+forks each program from one process that has imported them already. What it forks is a process of its own all the same,
+which runs the entry point's file as ``__main__``, with its own streams, signals and exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import difflib
+import functools
+import inspect
+import logging
+import multiprocessing
+import os
+import runpy
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+PATIENCE = 120.0  # seconds that a program may take on a busy machine
+
+
+def write_corpus(path: Path) -> Path:
+    """About 100 kB of English: docstrings of the standard library."""
+    modules = (argparse, collections, difflib, functools, inspect, logging, textwrap)
+    texts = [inspect.getdoc(value) or "" for module in modules for value in (module, *vars(module).values())]
+    path.write_text("\n\n".join(texts), encoding="utf-8")
+    return path
+
+
+def tiny_overrides(corpus: Path, cache_dir: Path) -> list[str]:
+    """Overrides that make a run of any experiment take a second or two, once its corpus is encoded."""
+    return [
+        "data=text_files",
+        f"data.train={corpus}",
+        "data.holdout=0.2",
+        "data.context=32",
+        "data.batch_size=4",
+        "data.vocab_size=300",
+        "model=gpt_tiny",
+        f"paths.cache_dir={cache_dir}",
+        "trainer.accelerator=cpu",
+        "trainer.max_steps=20",
+        "trainer.val_check_interval=10",
+        "trainer.limit_val_batches=2",
+        "trainer.limit_test_batches=2",
+        "trainer.log_every_n_steps=1",
+        "callbacks.checkpoint.every_n_steps=10",
+    ]
+
+
+def compose(*overrides: str, config: str = "train", run_dir: Path | None = None) -> DictConfig:
+    """The configuration of a command line, without the program; ``run_dir`` stands in for the folder Hydra makes."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        if run_dir is not None:
+            overrides = (*overrides, f"paths.run_dir={run_dir}")
+        return hydra.compose(config, overrides=list(overrides))
+
+
+@dataclass(frozen=True)
+class Done:
+    """What an ended program left: its exit status (minus the signal that killed it) and its streams."""
+
+    status: int | None
+    stdout: str
+    stderr: str
+
+
+@dataclass
+class Program:
+    """A program under way."""
+
+    process: Any
+    folder: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def read(self, stream: str = "stdout") -> str:
+        """What it has written so far."""
+        return (self.folder / stream).read_text(encoding="utf-8")
+
+    def wait(self) -> Done:
+        self.process.join(PATIENCE)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise TimeoutError(f"the program did not end:\n{self.read()}\n{self.read('stderr')}")
+        return Done(self.process.exitcode, self.read(), self.read("stderr"))
+
+
+def launch(script: str, *arguments: str, folder: Path) -> Program:
+    """Start an entry point in ``folder``, which receives what it writes to its streams in files."""
+    for stream in ("stdout", "stderr"):
+        (folder / stream).touch()
+    process = _warm_python().Process(target=_become, args=(script, arguments, folder))
+    process.start()
+    return Program(process, folder)
+
+
+def call(script: str, *arguments: str, folder: Path) -> Done:
+    """Run an entry point to its end."""
+    return launch(script, *arguments, folder=folder).wait()
+
+
+@functools.cache
+def _warm_python() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["evomoe.run", "torch.utils.tensorboard"])
+    return context
+
+
+def _become(script: str, arguments: tuple[str, ...], folder: Path) -> None:
+    os.chdir(folder)
+    for stream, descriptor in (("stdout", 1), ("stderr", 2)):
+        os.dup2(os.open(folder / stream, os.O_WRONLY | os.O_TRUNC), descriptor)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    sys.argv = [str(ROOT / script), *arguments]
+    torch.set_num_threads(1)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def equal(first: Any, second: Any) -> bool:
+    """Whether two nests of containers hold the same plain values and, bit for bit, the same tensors."""
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, dict):
+        return (
+            isinstance(second, dict)
+            and first.keys() == second.keys()
+            and all(equal(first[k], second[k]) for k in first)
+        )
+    if isinstance(first, list | tuple):
+        return type(first) is type(second) and len(first) == len(second) and all(map(equal, first, second))
+    return bool(first == second)

@@ -123,6 +123,14 @@ def test_saves_only_between_accumulation_windows(tmp_path):
     assert batches == [3, 6, 7, 10, 13, 14]
 
 
+def test_a_save_waits_for_the_validation_of_its_step(tmp_path):
+    """Else a callback that had judged its result would resume without it."""
+    fit(tmp_path, [EarlyStopping("val/loss", patience=9)], max_steps=4, every_n_steps=2, val_check_interval=4)
+    states = load_checkpoint(checkpoint_path(tmp_path, 2))["callbacks"]
+    judged = next(state["best_score"] for name, state in states.items() if name.startswith("EarlyStopping"))
+    assert judged.isfinite()
+
+
 @pytest.mark.filterwarnings("default:val/loss")
 def test_a_best_inside_an_accumulation_window_is_not_saved_but_reported(tmp_path):
     with pytest.warns(UserWarning, match="make val_check_interval a multiple of accumulate_grad_batches"):
@@ -240,9 +248,12 @@ def test_a_signal_saves_at_the_end_of_the_window_and_stops(tmp_path, signum, sta
     assert weights_hash(task.state_dict()) == weights_hash(whole.state_dict())
 
 
-def test_handlers_are_given_back_after_a_fit_and_after_a_crash(tmp_path):
+def test_handlers_are_given_back_after_a_fit_and_after_a_crash(tmp_path, monkeypatch):
     handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    ends = []  # a module's hooks follow those of the callbacks; Lightning itself resets handlers only later
+    monkeypatch.setattr(TinyTask, "on_train_end", lambda self: ends.append(signal.getsignal(signal.SIGINT)))
     fit(tmp_path / "done", max_steps=1)
+    assert ends == [handlers[1]]
     with pytest.raises(CrashError):
         fit(tmp_path / "crashed", [At(1, crash)])
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers

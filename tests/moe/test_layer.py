@@ -92,9 +92,14 @@ def grouped_mm_flops(rows: torch.Size, weight: torch.Size, *args: object, **kwar
     return 2 * rows[0] * rows[1] * weight[2]
 
 
+def addmm_flops(out: torch.Size, a: torch.Size, b: torch.Size, **kwargs: object) -> int:
+    """``a (m, k)`` times ``b (k, n)``, added to ``out`` in place."""
+    return 2 * a[0] * a[1] * b[1]
+
+
 def matrix_flops(call) -> int:
     """Floating-point operations of the matrix products that really run."""
-    mapping = {torch.ops.aten._grouped_mm: grouped_mm_flops}
+    mapping = {torch.ops.aten._grouped_mm: grouped_mm_flops, torch.ops.aten.addmm_: addmm_flops}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         call()
     return counter.get_total_flops()

@@ -122,22 +122,18 @@ class _LoopMix(torch.autograd.Function):
             d_y = d_y.mul_(weight.unsqueeze(1)).to(rows.dtype)
             d_y_by_expert = d_y.split(counts)
             d_act = torch.empty_like(act)
-            for w_out, d_y_e, d_act_e in zip(
-                weights.w_out, d_y_by_expert, _blocks(d_act, d_expert, counts), strict=True
-            ):
-                torch.mm(w_out.t(), d_y_e.t(), out=d_act_e)
+            for e, d_act_e in enumerate(_blocks(d_act, d_expert, counts)):
+                torch.mm(weights.w_out[e].t(), d_y_by_expert[e].t(), out=d_act_e)
             d_pre = activation.gradient(d_act, *pre)
             d_parameters: Sequence[Tensor | None] = [None] * len(parameters)
             if any(ctx.needs_input_grad[5:]):
                 d_parameters = _weight_gradients(rows, act, d_pre, d_y, counts, weights)
-            d_rows_by_expert = d_y_by_expert  # nobody reads d_y any more: the rows' gradient takes its place
+            d_rows, d_rows_by_expert = d_y, d_y_by_expert  # nobody reads d_y any more: its place is free
             for part, memory in enumerate(d_pre):
                 w_part = _part(weights.w_in, part, len(d_pre))
-                for w_in, d_pre_e, d_rows_e in zip(
-                    w_part, _blocks(memory, d_expert, counts), d_rows_by_expert, strict=True
-                ):
-                    d_rows_e.addmm_(d_pre_e.t(), w_in, beta=int(part > 0))
-            d_hidden = _sum_by_token(d_y, order, first)
+                for e, d_pre_e in enumerate(_blocks(memory, d_expert, counts)):
+                    d_rows_by_expert[e].addmm_(d_pre_e.t(), w_part[e], beta=int(part > 0))
+            d_hidden = _sum_by_token(d_rows, order, first)
         return d_hidden, d_weight, None, None, None, *d_parameters
 
 

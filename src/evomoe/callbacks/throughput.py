@@ -7,8 +7,8 @@ from typing import Any
 
 import lightning as L
 
+from evomoe.callbacks.summary import expert_rows
 from evomoe.models.flops import TRAINING_FACTOR
-from evomoe.routing import SparseRouting
 
 
 class Throughput(L.Callback):
@@ -37,8 +37,7 @@ class Throughput(L.Callback):
         """Charge one batch, and log when it is a step to log."""
         sequences, length = batch["tokens"].shape
         tokens = sequences * (length - 1)
-        routings = outputs["routings"]
-        rows = [routing.token.numel() / tokens if isinstance(routing, SparseRouting) else 1.0 for routing in routings]
+        rows = [expert_rows(routing) / tokens for routing in outputs["routings"]]
         per_token = pl_module.model.flops_per_token(length - 1, rows)  # type: ignore[union-attr,operator]
         self.training_flops += TRAINING_FACTOR * per_token * tokens
         self._tokens += tokens

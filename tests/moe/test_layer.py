@@ -176,8 +176,9 @@ def test_young_layer_is_the_feed_forward_of_expert_0(train, valid):
 @every_backend
 def test_young_layer_costs_one_feed_forward_and_leaves_the_others_alone(backend):
     layer = young(backend)
-    flops = matrix_flops(lambda: layer(states()))
-    assert flops == T * 2 * (D * H + H * D)
+    for valid, real in ((None, T), (VALID, 8)):
+        flops = matrix_flops(lambda valid=valid: layer(states(), valid=valid))
+        assert flops == real * 2 * (D * H + H * D)
     state = torch.get_rng_state()
     output, _ = layer(states())
     assert torch.equal(torch.get_rng_state(), state), "no router runs"

@@ -71,6 +71,9 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     logger = instantiate(config.logger) if config.logger else False
     trainer = instantiate(config.trainer, callbacks=callbacks, logger=logger, plugins=[VerifiedCheckpointIO()])
 
+    # From here on each process draws dropout and noise of its own; Lightning seeds them alike.
+    torch.manual_seed(config.seed + trainer.global_rank)
+
     rank_zero_info(data.describe())
     rank_zero_info(
         f"Model: {task.model.num_parameters() / 1e6:.2f}M parameters, "

@@ -16,6 +16,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from evomoe.data.token_store import TokenFile
 from evomoe.errors import ConfigError
+from evomoe.signals import leave_signals_to_trainer
 
 Batch = dict[str, torch.Tensor]
 
@@ -229,6 +230,7 @@ def training_loader(
         drop_last=True,
         num_workers=num_workers,
         generator=_own_generator(seed),
+        worker_init_fn=leave_signals_to_trainer,
     )
 
 
@@ -252,6 +254,7 @@ def evaluation_loader(
         sampler=EvaluationSampler(windows, rank, world_size),
         num_workers=num_workers,
         generator=_own_generator(0),
+        worker_init_fn=leave_signals_to_trainer,
     )
 
 

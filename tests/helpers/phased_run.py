@@ -71,7 +71,11 @@ class PhasedTask(L.LightningModule):
         valid = batch.get("valid")
         tokens = batch["tokens"][:, 1:].numel() if valid is None else int(valid.sum())
         active = 3 if phase_at(self.trainer.global_step) == "sparsify" else 1
-        return {"loss": loss, "task_loss": loss.detach(), "routings": [routing(tokens, active) for _ in range(self.layers)]}
+        return {
+            "loss": loss,
+            "task_loss": loss.detach(),
+            "routings": [routing(tokens, active) for _ in range(self.layers)],
+        }
 
     def validation_step(self, batch, batch_idx):
         step = float(self.trainer.global_step)

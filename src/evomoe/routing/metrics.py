@@ -11,7 +11,7 @@ from evomoe.routing.contract import SparseRouting
 def load_max_violation(tokens_per_expert: Tensor) -> Tensor:
     """MaxVio ``max_i load_i / mean load - 1`` (arXiv 2408.15664): 0 at balance, E / K - 1 at collapse."""
     load = tokens_per_expert.float()
-    return load.max() / load.mean().clamp(min=1e-9) - 1
+    return (load.max() - load.mean()) / load.mean().clamp(min=1e-9)
 
 
 def router_entropy(routing: SparseRouting) -> Tensor:

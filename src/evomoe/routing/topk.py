@@ -66,7 +66,9 @@ class TopK(Router):
         if priority not in ("token", "choice"):
             raise ConfigError(f"router priority={priority!r} is unknown: expected token or choice")
         if renormalize and top_k == 1 and num_experts > 1:
-            raise ConfigError("router renormalize=true with top_k=1 leaves the gate without gradient: set renormalize=false")
+            raise ConfigError(
+                "router renormalize=true with top_k=1 leaves the gate without gradient: set renormalize=false"
+            )
         self.top_k = top_k
         self.renormalize = renormalize
         self.capacity_factor = capacity_factor

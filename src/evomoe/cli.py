@@ -71,10 +71,14 @@ def _refuse(error: Exception, status: int = 2) -> None:
 
 
 def quote_text(argument: str) -> str:
-    """Quote the value of a prose override, unless the user has: ``prompt=def f(x):`` to ``prompt="def f(x):"``."""
+    """Quote the value of a prose override, unless it is quoted or a list: ``prompt=a, b`` to ``prompt="a, b"``."""
     key, separator, value = argument.partition("=")
-    if key not in TEXT_KEYS or not separator or value[:1] in ("'", '"', "["):
+    if key not in TEXT_KEYS or not separator:
         return argument
+    if value[:1] in ("'", '"', "["):
+        with contextlib.suppress(HydraException):
+            if not OverridesParser.create().parse_override(argument).is_sweep_override():
+                return argument
     escaped = value.replace("\\", "\\\\") if value.endswith("\\") else value
     return f'{key}="{escaped}"' if '"' not in escaped else f"{key}='" + escaped.replace("'", "\\'") + "'"
 

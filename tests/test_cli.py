@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+from helpers.programs import CONFIGS, compose
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from evomoe.cli import (
+    check_overrides,
+    check_types,
+    instantiate,
+    is_multirun,
+    nearest_key,
+    quote_text,
+    read_overrides,
+    run_main,
+)
+from evomoe.errors import ConfigError, NonFiniteError
+from evomoe.models.gpt import GPT
+
+
+def refusal(*arguments: str, config: str = "train") -> str:
+    """The line by which a command line is refused before anything is built."""
+    with pytest.raises(ConfigError) as caught:
+        check_overrides(read_overrides(arguments), CONFIGS, config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("experiment=gpt_dst", "experiment=gpt_dst does not exist; did you mean 'gpt_dts'?"),
+        ("task=nothing", "task=nothing does not exist; expected one of language_modeling"),
+        ("trainer.max_step=10", "there is no key 'trainer.max_step'; did you mean 'trainer.max_steps'?"),
+        ("max_steps=10", "max_steps=10: there is no key 'max_steps'; did you mean 'trainer.max_steps'?"),
+        ("routr=switch", "routr=switch: there is no key 'routr'; did you mean 'router'?"),
+        ("optimization.warmup=1", "there is no key 'optimization.warmup'; did you mean 'task.optimization.warmup'?"),
+        ("router.gate.tresholdd=1", "did you mean 'router.gate.threshold'?"),
+        ("task.optimization.lr=1", "'task.optimization.lr'; expected one of beta1, beta2, eps, learning_rate,"),
+        ("evolution.harden=5", "evolution.harden=5: there is no evolution here; choose one of diversify, dts, "),
+        ("~callbacks.sample", "'callbacks.sample' does not exist"),
+        ("+seed=3", "An item is already at 'seed'"),
+        ("trainer.max_steps=ten", "trainer.max_steps=ten: expected a number, as in trainer.max_steps=1200"),
+        ("compile=maybe", "compile=maybe: expected true or false, as in compile=false"),
+        ("data.train=[one.txt", "data.train=[one.txt cannot be read: quote the value"),
+        ("seed", "'seed' is no override: expected key=value"),
+    ],
+)
+def test_a_wrong_word_is_answered_in_one_line(argument, message):
+    assert message in refusal(argument)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["experiment=gpt_dts", "router=switch", "trainer.max_steps=5"],
+        ["~callbacks.samples", "+note=hello", "++seed=3"],
+        ["--cfg", "job", "seed=2"],
+        ["run_name=a b", "data=text_files", "data.train='[one.txt,two.txt]'"],
+        ["-m", "seed=1,2", "router=dts,switch", "trainer.max_steps=5"],
+    ],
+)
+def test_what_is_right_passes(arguments):
+    check_overrides(read_overrides(arguments), CONFIGS, "train")
+
+
+def test_the_last_of_two_overrides_counts():
+    check_overrides(["seed=x", "seed=2"], CONFIGS, "train")
+    assert refusal("seed=2", "seed=x").startswith("seed=x: expected a number")
+
+
+def test_what_holds_for_all_jobs_of_a_multirun_is_checked():
+    assert "did you mean 'trainer.max_steps'" in refusal("-m", "seed=1,2", "trainer.max_step=3")
+    assert "cannot be read" in refusal("-m", "data.train=[one.txt")
+    assert read_overrides(["--multirun", "seed=1,2", "test=false", "model.d_model=choice(32,64)"]) == ["test=false"]
+    assert not is_multirun(["seed=1"])
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    assert refusal(f"paths.log_dir={tmp_path / 'file'}").endswith("cannot be written: choose another paths.log_dir")
+    check_overrides([f"paths.log_dir={tmp_path / 'new' / 'folder'}"], CONFIGS, "train")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_other_programs_check_their_own_words():
+    assert "did you mean 'split'" in refusal("splitt=val", config="eval")
+    assert "did you mean 'max_new_tokens'" in refusal("max_tokens=5", config="generate")
+    assert refusal("max_new_tokens=many", config="generate").startswith("max_new_tokens=many: expected a number")
+
+
+def test_the_nearest_key_is_sought_among_siblings_first():
+    known = ["trainer.seed", "trainer.speed", "data", "data.seed"]
+    assert nearest_key("trainer.sed", known) == "; did you mean 'trainer.seed'?"
+    assert nearest_key("data.sed", known) == "; did you mean 'data.seed'?"
+    assert nearest_key("speed", known) == "; did you mean 'trainer.speed'?"
+    assert nearest_key("data.zzz", known) == "; expected one of seed"
+    assert nearest_key("zzz.zzz", known) == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def f(x):",
+        "a, b, and c",
+        "[1, 2",
+        "[sic] he wrote",
+        "'tis so",
+        '"Yes," he said, "no"',
+        "key: value",
+        "it's",
+        'say "hi"',
+        """both ' and " in it""",
+        "ends in a space ",
+        " ",
+        "ends in a backslash \\",
+        "a=b=c",
+        "${not.a.key}",
+        "{curly}",
+        "100% of $HOME",
+        "naïve 日本語",
+        "null",
+        "12",
+    ],
+)
+def test_a_prompt_means_what_was_typed(text):
+    (override,) = OverridesParser.create().parse_overrides([quote_text(f"prompt={text}")])
+    assert override.value() == text
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["prompt='as it is'", 'prompt="as it is"', 'prompt=["one","two"]', "seed=1", "prompt", "data.prompt=a b"],
+)
+def test_what_is_quoted_or_no_prose_stays(argument):
+    assert quote_text(argument) == argument
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("model.num_experts=2.5", "model.num_experts=2.5: expected a whole number"),
+        ("model.d_model=[1]", "model.d_model=[1]: expected a whole number"),
+        ("model.router=switch", "model.router=switch: expected a list or group of keys or null"),
+        ("trainer.max_steps=2.5", "trainer.max_steps=2.5: expected a whole number"),
+        ("data.batch_size=true", "data.batch_size=True: expected a whole number"),
+        ("data.context=32.5", "data.context=32.5: expected a whole number"),
+        ("router.gate.renormalize=1", "router.gate.renormalize=1: expected true or false"),
+        ("evolution.temperature=1", "evolution.temperature=1: expected"),
+        ("evolution.harden=soon", "evolution.harden=soon: expected a whole number or a number or null"),
+        ("task.loss_coefficients=0.1", "task.loss_coefficients=0.1: expected"),
+        ("callbacks.samples.prompts=hello", "callbacks.samples.prompts=hello: expected a list"),
+        ("model.activation=3", "model.activation=3: expected text"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named_with_its_key(overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        check_types(compose("experiment=gpt_dts", overrides, run_dir=Path("run")))
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "trainer.val_check_interval=0.5",
+        "trainer.devices=[0,1]",
+        "trainer.devices=auto",
+        "trainer.precision=16-mixed",
+        "trainer.precision=32",
+        "task.optimization.learning_rate=1",
+        "evolution.harden=null",
+        "data.max_bytes=1000",
+        "model.d_ff=64",
+    ],
+)
+def test_what_an_annotation_admits_passes(overrides):
+    check_types(compose("experiment=gpt_dts", overrides, run_dir=Path("run")))
+
+
+def test_instantiate_hands_on_the_message_of_the_target():
+    node = OmegaConf.create({"_target_": "evomoe.routing.DTSGate", "d_model": 4, "num_experts": 2, "threshold": 1.5})
+    with pytest.raises(ConfigError, match=r"^router threshold=1.5: expected a score in \(0, 1\)"):
+        instantiate(node)
+
+
+def test_instantiate_names_an_argument_that_does_not_exist():
+    node = OmegaConf.create({"_target_": "evomoe.tasks.Optimization", "learning_rat": 0.1})
+    with pytest.raises(
+        ConfigError, match="^Optimization has no argument 'learning_rat'; did you mean 'learning_rate'?"
+    ):
+        instantiate(node)
+    node = OmegaConf.create({"_target_": "evomoe.routing.DTSGate", "_partial_": True, "treshold": 0.1})
+    with pytest.raises(ConfigError, match="^DTSGate has no argument 'treshold'"):
+        instantiate(
+            {
+                "_target_": "evomoe.models.gpt.GPT",
+                "vocab_size": 9,
+                "context": 8,
+                "d_model": 8,
+                "num_layers": 2,
+                "num_heads": 2,
+            },
+            router=instantiate(node),
+        )
+
+
+def test_instantiate_gives_plain_containers():
+    node = OmegaConf.create({"_target_": "evomoe.callbacks.TextSamples", "prompts": ["a", "b"]})
+    assert type(instantiate(node).prompts) is list
+    model = {"vocab_size": 9, "context": 8, "d_model": 8, "num_layers": 2, "num_heads": 2, "moe_every": 0}
+    assert type(instantiate(OmegaConf.create({"_target_": "evomoe.models.gpt.GPT", **model}))) is GPT
+
+
+def fail(error: BaseException, config) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ConfigError("x=1: expected 2"), 2, "error: x=1: expected 2\n"),
+        (NonFiniteError("step 3"), 3, "error: step 3\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (SystemExit(143), 143, ""),
+    ],
+)
+def test_each_end_has_its_exit_status(monkeypatch, capsys, tmp_path, error, status, line):
+    monkeypatch.setattr(sys, "argv", ["program", f"hydra.run.dir={tmp_path}"])
+    with pytest.raises(SystemExit) as caught:
+        run_main(partial(fail, error), CONFIGS, "generate")
+    assert caught.value.code == status
+    assert capsys.readouterr().err == line
+
+
+def test_a_wrong_word_ends_the_program_before_it_begins(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["program", "splitt=val"])
+    with pytest.raises(SystemExit) as caught:
+        run_main(lambda config: pytest.fail("was called"), CONFIGS, "eval")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("error: splitt=val: there is no key 'splitt'")

@@ -136,6 +136,14 @@ def test_forward_equals_each_expert_alone(activation: str, backend: str) -> None
             assert bool(parameter.grad.any()) is live
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_mix_equals_oracle_for_few_and_for_many_rows(activation: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.rand(100, 3, generator=generator) < torch.tensor([0.9, 0.5, 0.05])
+    assert (chosen.sum(0) >= 32).tolist() == [True, True, False]
+    assert_equals_oracle(torch.rand(100, 3, generator=generator) * chosen, "loop", activation, True)
+
+
 def test_mix_by_hand() -> None:
     experts = Experts(2, 1, 1, activation="relu", backend="loop")
     with torch.no_grad():

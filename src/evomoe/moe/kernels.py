@@ -123,7 +123,7 @@ class _LoopMix(torch.autograd.Function):
             d_y_by_expert = d_y.split(counts)
             d_act = torch.empty_like(act)
             for e, d_act_e in enumerate(_blocks(d_act, d_expert, counts)):
-                torch.mm(weights.w_out[e].t(), d_y_by_expert[e].t(), out=d_act_e)
+                _transposed_product(d_y_by_expert[e], weights.w_out[e], d_act_e)
             d_pre = activation.gradient(d_act, *pre)
             d_parameters: Sequence[Tensor | None] = [None] * len(parameters)
             if any(ctx.needs_input_grad[5:]):
@@ -176,6 +176,17 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.mm(a, b, out=out)
     else:
         torch.addmm(bias, a, b, out=out)
+
+
+def _transposed_product(rows: Tensor, w: Tensor, out: Tensor) -> None:
+    """``(rows @ w).t()``, ``(N, D) x (D, H)`` to ``(H, N)``.
+
+    MKL takes up to twenty times longer for a product of two transposed matrices when N is small: then transpose after.
+    """
+    if rows.shape[0] < 32:
+        out.copy_(torch.mm(rows, w).t())
+    else:
+        torch.mm(w.t(), rows.t(), out=out)
 
 
 def _bags(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:

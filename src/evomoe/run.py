@@ -30,7 +30,7 @@ ALLOWED_TARGETS = ("evomoe.", "lightning.", "torch.")
 """Packages whose classes a checkpoint's configuration may name: a file must not choose what else is called."""
 
 
-NOISE = ("GPU available", "TPU available", "\N{ELECTRIC LIGHT BULB} Tip", "`Trainer.fit` stopped")
+NOISE = ("GPU available", "TPU available", "\N{ELECTRIC LIGHT BULB} Tip", "`Trainer.fit` stopped", "`Trainer(limit_")
 """Beginnings of Lightning's messages that tell nothing about the run."""
 
 

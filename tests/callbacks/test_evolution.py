@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers.logger import Logger
 
 from evomoe.callbacks.evolution import Decay, Evolution, EvolutionPlan, moe_layers
 from evomoe.errors import ConfigError
@@ -30,6 +31,23 @@ class Tokens(L.LightningDataModule):
 
     def units(self, split: str) -> dict[str, int]:
         return {"tokens": 512, "words": 128, "bytes": 1024}
+
+
+class Log(Logger):
+    """Keeps the evolution's metrics by step."""
+
+    name, version = "log", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: dict[int, list[float]] = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        keys = ("evolution/phase", "evolution/temperature", "evolution/noise_scale")
+        if any(key in metrics for key in keys):
+            self.steps[step] = [metrics[key] for key in keys]
+
+    def log_hyperparams(self, *_: Any) -> None: ...
 
 
 class Diary(L.Callback):
@@ -63,10 +81,9 @@ def make_task(router: Any = DTSGate) -> LanguageModeling:
 
 def run(evolution: Evolution, task: LanguageModeling | None = None, **trainer: Any) -> list[dict[str, Any]]:
     diary = Diary()
-    options = {"max_steps": 20, "limit_val_batches": 0, **trainer}
+    options = {"max_steps": 20, "limit_val_batches": 0, "logger": False, **trainer}
     L.Trainer(
         accelerator="cpu",
-        logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -93,6 +110,24 @@ def test_the_temperature_counts_from_the_spawn() -> None:
     entries = run(evolution())
     schedule = Schedule(2.0, 0.1, 8, "exponential")
     assert [entry["temperature"] for entry in entries] == [schedule.at(max(step - 5, 0)) for step in range(20)]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_every_log_has_the_values_of_its_own_step(accumulate: int) -> None:
+    log = Log()
+    run(evolution(noise=Decay(1.0, 0.0, 10)), logger=log, log_every_n_steps=4, accumulate_grad_batches=accumulate)
+    temperature, noise = Schedule(2.0, 0.1, 8, "exponential"), Schedule(1.0, 0.0, 10)
+    assert log.steps == {
+        step: pytest.approx([phase, temperature.at(max(step - 5, 0)), noise.at(max(step - 5, 0))])
+        for step, phase in [(3, 0), (7, 1), (11, 1), (15, 2), (19, 2)]
+    }
+
+
+def test_a_trainer_that_never_logs_evolves_all_the_same() -> None:
+    log = Log()
+    entries = run(evolution(), logger=log, log_every_n_steps=0)
+    assert [entry["live"] for entry in entries] == [1] * 5 + [4] * 15
+    assert log.steps == {}
 
 
 def test_unborn_experts_have_no_gradient() -> None:

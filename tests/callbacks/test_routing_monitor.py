@@ -72,6 +72,10 @@ def test_a_dense_model_logs_nothing():
     assert steps(RoutingMonitor(), [], [1]) == [{}]
 
 
+def test_a_trainer_that_never_logs_hears_nothing():
+    assert steps(RoutingMonitor(), [sparse()], [1, 2], every=0) == []
+
+
 def test_it_logs_in_the_rhythm_of_the_trainer():
     assert len(steps(RoutingMonitor(), [sparse()], list(range(1, 21)), every=5)) == 4
 

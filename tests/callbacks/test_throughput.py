@@ -76,6 +76,13 @@ def test_time_between_batches_is_not_part_of_the_speed(monkeypatch):
     ]
 
 
+def test_a_trainer_that_never_logs_has_its_work_charged(monkeypatch):
+    run = Run(monkeypatch, every=0)
+    run.batch([])
+    assert run.logged == []
+    assert run.callback.training_flops == 3 * 10 * 500
+
+
 def test_every_batch_of_an_accumulation_window_counts(monkeypatch):
     run = Run(monkeypatch)
     for ends_window in (False, False, True):

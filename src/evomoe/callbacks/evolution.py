@@ -129,6 +129,7 @@ class Evolution(L.Callback):
         self.seed = seed
         self.plan: EvolutionPlan | None = None
         self.state: EvolutionState | None = None
+        self._layers: list[tuple[str, MoELayer]] = []
 
     def make_plan(self, total: int | None) -> EvolutionPlan:
         """Turn shares of the run into steps, and refuse a plan that cannot happen.
@@ -189,6 +190,7 @@ class Evolution(L.Callback):
         self.plan = plan
         rank_zero_info(f"Evolution: {self.plan.describe()}")
         self.state = None
+        self._layers = moe_layers(pl_module)
         self.apply(pl_module, trainer.global_step)
 
     def on_train_batch_start(
@@ -197,7 +199,7 @@ class Evolution(L.Callback):
         """Spawn when it is time, and tell every router the values of this optimizer step."""
         assert self.plan is not None
         if trainer.global_step >= self.plan.spawn_at:
-            unborn = [(name, layer) for name, layer in moe_layers(pl_module) if layer.live_experts < layer.num_experts]
+            unborn = [(name, layer) for name, layer in self._layers if layer.live_experts < layer.num_experts]
             if unborn:
                 spawn_experts(unborn, self.spawn, self.seed, trainer.optimizers[0])
                 number = unborn[0][1].num_experts
@@ -207,13 +209,16 @@ class Evolution(L.Callback):
                 )
         self.apply(pl_module, trainer.global_step)
         assert self.state is not None
-        pl_module.log_dict(
-            {
-                "evolution/phase": float(PHASES.index(self.state.phase)),
-                "evolution/temperature": self.state.temperature,
-                "evolution/noise_scale": self.state.noise_scale,
-            }
-        )
+        # Only in the steps that Lightning passes on to the loggers: a call of log() costs a good part of a millisecond.
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (trainer.global_step + 1) % every == 0:
+            pl_module.log_dict(
+                {
+                    "evolution/phase": float(PHASES.index(self.state.phase)),
+                    "evolution/temperature": self.state.temperature,
+                    "evolution/noise_scale": self.state.noise_scale,
+                }
+            )
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate under the values of the step that comes next, as a checkpoint of this moment would."""

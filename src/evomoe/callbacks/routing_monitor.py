@@ -32,9 +32,9 @@ class RoutingMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the routings of the batch, when it is a step to log."""
-        step = trainer.global_step
+        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         # A window of accumulation counts once, by its last batch.
-        if step % trainer.log_every_n_steps or step == self._logged:  # type: ignore[attr-defined]
+        if not every or step % every or step == self._logged:
             return
         self._logged = step
         layers = list(pl_module.model.moe_layers)  # type: ignore[union-attr,arg-type]

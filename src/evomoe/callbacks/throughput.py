@@ -42,8 +42,8 @@ class Throughput(L.Callback):
         self.training_flops += TRAINING_FACTOR * per_token * tokens
         self._tokens += tokens
         self._seconds += time.perf_counter() - self._started
-        step = trainer.global_step
-        if step % trainer.log_every_n_steps or step == self._logged:  # type: ignore[attr-defined]
+        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not every or step % every or step == self._logged:
             return
         self._logged = step
         pl_module.log("throughput/tokens_per_second", self._tokens / self._seconds)

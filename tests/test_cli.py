@@ -47,7 +47,7 @@ def refusal(*arguments: str, config: str = "train") -> str:
         ("+seed=3", "An item is already at 'seed'"),
         ("trainer.max_steps=ten", "trainer.max_steps=ten: expected a number, as in trainer.max_steps=1200"),
         ("compile=maybe", "compile=maybe: expected true or false, as in compile=false"),
-        ("data.train=[one.txt", "data.train=[one.txt cannot be read: quote the value"),
+        ("data train=one.txt", "data train=one.txt cannot be read: expected key=value"),
         ("seed", "'seed' is no override: expected key=value"),
     ],
 )
@@ -77,7 +77,7 @@ def test_the_last_of_two_overrides_counts():
 
 def test_what_holds_for_all_jobs_of_a_multirun_is_checked():
     assert "did you mean 'trainer.max_steps'" in refusal("-m", "seed=1,2", "trainer.max_step=3")
-    assert "cannot be read" in refusal("-m", "data.train=[one.txt")
+    assert "cannot be read" in refusal("-m", "data train=one.txt")
     assert read_overrides(["--multirun", "seed=1,2", "test=false", "model.d_model=choice(32,64)"]) == ["test=false"]
     assert not is_multirun(["seed=1"])
 
@@ -136,10 +136,24 @@ def test_a_prompt_means_what_was_typed(text):
 
 @pytest.mark.parametrize(
     "argument",
-    ["prompt='as it is'", 'prompt="as it is"', 'prompt=["one","two"]', "seed=1", "prompt", "data.prompt=a b"],
+    [
+        "prompt='as it is'",
+        'prompt="as it is"',
+        'prompt=["one","two"]',
+        "seed=1,2",
+        "prompt",
+        "data.train=[a,b]",
+        "--x=[y",
+    ],
 )
 def test_what_is_quoted_or_no_prose_stays(argument):
     assert quote_text(argument) == argument
+
+
+@pytest.mark.parametrize("text", ["train[:10%]", "my file (1).txt", "a=b", "[open"])
+def test_what_the_grammar_cannot_read_is_text(text):
+    (override,) = OverridesParser.create().parse_overrides([quote_text(f"data.train={text}")])
+    assert override.value() == text
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from evomoe.errors import ConfigError, NonFiniteError
 
-TEXT_KEYS = ("prompt",)
-"""Overrides whose value is prose: taken as typed, whatever Hydra's grammar makes of its commas and brackets."""
+TEXT_KEYS = ("prompt", "overrides")
+"""Overrides whose value is prose: taken as typed, even where Hydra's grammar makes a list or a number of it."""
 
 
 def run_main(function: Callable[[DictConfig], Any], config_dir: Path, config_name: str) -> None:
@@ -71,14 +71,17 @@ def _refuse(error: Exception, status: int = 2) -> None:
 
 
 def quote_text(argument: str) -> str:
-    """Quote the value of a prose override, unless it is quoted or a list: ``prompt=a, b`` to ``prompt="a, b"``."""
+    """Quote a value that Hydra's grammar cannot read, and prose that is not quoted.
+
+    ``prompt=a, b`` becomes ``prompt="a, b"``.
+    """
     key, separator, value = argument.partition("=")
-    if key not in TEXT_KEYS or not separator:
+    if not separator or argument.startswith("-"):
         return argument
-    if value[:1] in ("'", '"', "["):
-        with contextlib.suppress(HydraException):
-            if not OverridesParser.create().parse_override(argument).is_sweep_override():
-                return argument
+    with contextlib.suppress(HydraException):
+        is_sweep = OverridesParser.create().parse_override(argument).is_sweep_override()
+        if key not in TEXT_KEYS or (value[:1] in ("'", '"', "[") and not is_sweep):
+            return argument
     escaped = value.replace("\\", "\\\\") if value.endswith("\\") else value
     return f'{key}="{escaped}"' if '"' not in escaped else f"{key}='" + escaped.replace("'", "\\'") + "'"
 
@@ -167,7 +170,7 @@ def explain(error: Exception, overrides: Sequence[str], config_dir: Path, config
 
 
 def _unreadable(error: OverrideParseException) -> str:
-    return f"{error.override} cannot be read: quote the value, as in 'key=\"value\"'"
+    return f"{error.override} cannot be read: expected key=value, as in seed=2"
 
 
 def _choices(group: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
@@ -165,9 +167,10 @@ def restore(ckpt_path: str, log_dir: str = "logs", overrides: list[str] | None =
     checkpoint = load_checkpoint(path)
     config = OmegaConf.create(checkpoint["evomoe"]["config"])
     _check_targets(config, path)
+    OmegaConf.set_struct(config, True)  # a key that the checkpoint lacks is a mistake
     try:
         config.merge_with_dotlist(overrides or [])
-    except Exception as error:
+    except OmegaConfBaseException as error:
         raise ConfigError(f"overrides={overrides}: {' '.join(str(error).split())}") from None
     _check_targets(config, path)
     task = instantiate(config.task, model=instantiate(config.model))
@@ -202,8 +205,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     """Measure a checkpoint on a split of its data, under both routing rules."""
     if config.split not in ("val", "test"):
         raise ConfigError(f"split={config.split}: expected val or test")
-    overrides = [config.overrides] if isinstance(config.overrides, str) else list(config.overrides)
-    restored = restore(config.ckpt_path, config.log_dir, overrides)
+    restored = restore(config.ckpt_path, config.log_dir, shlex.split(config.overrides))
     data = instantiate(restored.config.data)
     data.prepare_data()
     data.setup()

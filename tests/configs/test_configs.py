@@ -1,0 +1,165 @@
+"""Every choice of every config group, alone and with the experiments, and every command that a comment proposes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.programs import CONFIGS, ROOT, compose
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+
+from evomoe.callbacks import Evolution
+from evomoe.cli import check_types, instantiate, quote_text
+from evomoe.models.gpt import GPT
+
+GROUPS = ("data", "model", "router", "task", "evolution", "callbacks", "trainer", "logger", "experiment", "debug")
+CHOICES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
+EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+ROUTERS = sorted(path.stem for path in (CONFIGS / "router").glob("*.yaml"))
+EVOLUTIONS = sorted(path.stem for path in (CONFIGS / "evolution").glob("*.yaml"))
+ASKED_OF_THE_USER = {"data.train", "data.name", "model.vocab_size", "prompt"}
+
+WORD = re.compile(r"""(?<!\S)'?[~+]{0,2}[a-z_][\w.]*=(?:'[^']*'|"[^"]*"|\S)+""")
+
+
+def nodes(config: DictConfig, prefix: str = "") -> list[tuple[str, DictConfig]]:
+    """All nodes that name a class, by key."""
+    found = [(prefix, config)] if "_target_" in config else []
+    for name in config:
+        if not OmegaConf.is_missing(config, name) and isinstance(config[name], DictConfig):
+            found += nodes(config[name], f"{prefix}.{name}".lstrip("."))
+    return found
+
+
+def build(config: DictConfig) -> tuple[GPT, Evolution | None]:
+    config.model.vocab_size = 300
+    model = instantiate(config.model)
+    instantiate(config.task, model=model)
+    return model, instantiate(config.evolution) if config.evolution else None
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_composes_and_names_classes_that_exist(choice):
+    config = compose(choice, run_dir=Path("run"))
+    missing = OmegaConf.missing_keys(config)
+    assert missing <= ASKED_OF_THE_USER
+    for name in missing:
+        OmegaConf.update(config, name, "given" if name != "model.vocab_size" else 300)
+    OmegaConf.resolve(config)
+    check_types(config)
+    found = nodes(config)
+    assert {"data", "model", "task", "task.optimization", "trainer"} <= {key for key, _ in found}
+    for key, node in found:
+        assert isinstance(get_class(node["_target_"]), type), key
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_builds_on_a_tiny_model(experiment):
+    model, evolution = build(compose(f"experiment={experiment}", "model=gpt_tiny", "trainer.max_steps=100"))
+    assert len(model.moe_layers) == (0 if experiment == "gpt_dense" else 1)
+    assert (evolution is None) == ("dts" not in experiment)
+    if evolution is not None:
+        evolution.make_plan(100)
+
+
+def test_the_paper_scale_has_the_sizes_that_its_comment_states():
+    config = compose("experiment=gpt_dts_paper")
+    with torch.device("meta"):
+        config.model.vocab_size = config.data.vocab_size
+        model = instantiate(config.model)
+    assert model.num_active_parameters() == pytest.approx(335e6, rel=0.01)
+    assert model.num_parameters() == pytest.approx(1.85e9, rel=0.01)
+    plan = instantiate(config.evolution).make_plan(config.trainer.max_steps)
+    assert plan.temperature.length == 5000
+    assert (plan.temperature.start, plan.temperature.end) == (2.0, 0.5)
+    assert plan.harden_at - plan.spawn_at == 6000
+
+
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name != "gpt_dense"])
+@pytest.mark.parametrize("router", [name for name in ROUTERS if name != "none"])
+def test_the_router_of_every_experiment_can_be_exchanged(experiment, router):
+    config = compose(f"experiment={experiment}", f"router={router}", "model=gpt_tiny")
+    model, _ = build(config)
+    (layer,) = model.moe_layers.values()
+    assert type(layer.router) is get_class(config.router.gate["_target_"])
+
+
+@pytest.mark.parametrize("evolution", EVOLUTIONS)
+def test_every_evolution_fits_into_a_default_run_and_a_short_one(evolution):
+    config = compose("experiment=gpt_dts", f"evolution={evolution}")
+    if evolution == "none":
+        assert config.evolution is None
+        return
+    for total in (config.trainer.max_steps, 100):
+        plan = instantiate(config.evolution).make_plan(total)
+        assert (plan.spawn_at == 0) == (evolution == "dts_only")
+
+
+def test_experiments_differ_from_each_other_in_the_method_alone():
+    """Data, size and optimizer are the same, so that a comparison of two experiments is one of their methods."""
+    configs = [compose(f"experiment={name}", run_dir=Path("run")) for name in EXPERIMENTS if name != "gpt_dts_paper"]
+    for config in configs:
+        del config.model.router, config.model.moe_every, config.task.loss_coefficients
+        for group in ("data", "model", "task", "callbacks", "trainer", "logger"):
+            assert config[group] == configs[0][group]
+
+
+def test_debug_runs_are_short_and_keep_the_method():
+    full = compose("experiment=gpt_dts")
+    for path in sorted((CONFIGS / "debug").glob("*.yaml")):
+        config = compose("experiment=gpt_dts", f"debug={path.stem}")
+        assert config.trainer.max_steps <= 200
+        assert (config.router, config.evolution) == (full.router, full.evolution)
+        instantiate(config.evolution).make_plan(config.trainer.max_steps)
+
+
+def overrides_in(line: str) -> list[str]:
+    """The overrides in a line of prose, as a program receives them from a shell."""
+    return [quote_text(shlex.split(word.rstrip(";,.):`"))[0]) for word in WORD.findall(line)]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The overrides that each comment proposes; those in backquotes or brackets are mentioned, not proposed."""
+    comments = [re.sub(r"`[^`]*`|\(with[^)]*\)", "", line.partition("#")[2]) for line in text.splitlines()]
+    return [words for words in map(overrides_in, comments) if words]
+
+
+COMMENTS = [
+    pytest.param(path, words, id=f"{path.relative_to(CONFIGS)}: {' '.join(words)}")
+    for path in sorted(CONFIGS.rglob("*.yaml"))
+    for words in commands(path.read_text())
+]
+
+
+@pytest.mark.parametrize(("path", "words"), COMMENTS)
+def test_the_command_in_a_comment_composes(path, words):
+    program = path.stem if path.stem in ("eval", "generate") else "train"
+    group = path.parent.name if path.parent != CONFIGS else None
+    overrides = list(words)
+    if group in GROUPS and not any(word.startswith(f"{group}=") for word in words):
+        overrides.insert(0, f"{group}={path.stem}")
+    config = compose(*overrides, config=program)
+    for override in OverridesParser.create().parse_overrides(words):
+        if override.key_or_group not in GROUPS:
+            assert OmegaConf.select(config, override.key_or_group) == override.value()
+
+
+def test_comments_are_found():
+    assert len(COMMENTS) > 100
+    text = """a=1
+    a: 1 # of x: data.a=2
+    # `k=v` said (with e=f): python train.py a=b c.d='[x,y]'; then prompt="def " or 'prompt=["x y"]'.
+    """
+    assert commands(text) == [["data.a=2"], ["a=b", "c.d=[x,y]", 'prompt="def "', 'prompt=["x y"]']]
+
+
+def test_the_commands_of_the_readme_compose():
+    for line in (ROOT / "README.md").read_text().replace("\\\n", " ").splitlines():
+        match = re.search(r"python (train|eval|generate)\.py([^`#]*)", line)
+        if match and not {"-m", "--multirun"} & set(match[2].split()):
+            compose(*overrides_in(match[2]), config=match[1])

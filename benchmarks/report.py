@@ -1,0 +1,90 @@
+"""What a benchmark reports: where it ran, tables in Markdown, and ratios beside their targets."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Check:
+    """A ratio of times that has a target.
+
+    Args:
+        what: the two things compared.
+        size: at which size.
+        ratio: measured.
+        target: its bound.
+        at_least: whether the bound is the lowest good value, not the highest.
+    """
+
+    what: str
+    size: str
+    ratio: float
+    target: float
+    at_least: bool = False
+
+    def row(self) -> list[str]:
+        """Cells of the table of targets."""
+        met = self.ratio >= self.target if self.at_least else self.ratio <= self.target
+        sign = ">=" if self.at_least else "<="
+        return [self.what, self.size, f"{self.ratio:.3f}", f"{sign} {self.target:.2f}", "met" if met else "missed"]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a report: its Markdown, and those of its ratios that have a target."""
+
+    text: str
+    checks: list[Check]
+
+
+def median_ratio(mine: Sequence[float], base: Sequence[float]) -> float:
+    """Median over the rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(mine, base, strict=True))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, all columns but the first aligned to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def facts(device: str, *others: str) -> str:
+    """Command, date, machine and versions as Markdown list items.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        others: further items.
+    """
+    machine = f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        machine = f"{torch.cuda.get_device_name()}; {machine}"
+    script = Path(sys.argv[0])
+    command = shlex.join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
+    items = [
+        f"`{command}`",
+        f"{datetime.date.today().isoformat()}, {machine}",
+        f"Python {platform.python_version()}, torch {torch.__version__}",
+        *others,
+    ]
+    return "".join(f"- {item}\n" for item in items)
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

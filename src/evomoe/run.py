@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shlex
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hydra
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -28,8 +31,8 @@ from evomoe.models.generation import Generation, generate
 from evomoe.models.gpt import GPT
 from evomoe.tasks import LanguageModeling
 
-ALLOWED_TARGETS = ("evomoe.", "lightning.", "torch.")
-"""Packages whose classes a checkpoint's configuration may name: a file must not choose what else is called."""
+RESTORED = ("data", "model", "router", "task", "evolution")
+"""Groups of a checkpoint's configuration that are built again: a file must not choose what else is called."""
 
 
 NOISE = ("GPU available", "TPU available", "\N{ELECTRIC LIGHT BULB} Tip", "`Trainer.fit` stopped", "`Trainer(limit_")
@@ -187,18 +190,29 @@ def restore(ckpt_path: str, log_dir: str = "logs", overrides: list[str] | None =
     return Restored(path, config, task.eval(), Tokenizer.from_checkpoint(checkpoint), checkpoint["global_step"])
 
 
-def _check_targets(node: Any, path: Path) -> None:
-    """Refuse a configuration from a file that would call anything outside the allowed packages."""
-    plain = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
-    if isinstance(plain, dict):
-        target = plain.get("_target_")
-        if target is not None and not str(target).startswith(ALLOWED_TARGETS):
-            raise ConfigError(f"{path} names the target {target}: expected one of {', '.join(ALLOWED_TARGETS)}*")
-        for value in plain.values():
-            _check_targets(value, path)
-    elif isinstance(plain, list):
-        for value in plain:
-            _check_targets(value, path)
+def _check_targets(config: DictConfig, path: Path) -> None:
+    """Refuse a configuration from a file that would call anything but classes of this package."""
+    package = __name__.partition(".")[0]
+    groups: Any = OmegaConf.to_container(config)
+    for target in _targets([groups.get(name) for name in RESTORED]):
+        found: Any = None
+        if str(target).startswith(f"{package}."):
+            with contextlib.suppress(Exception):  # no such thing, or no class
+                found = hydra.utils.get_class(target)
+        # Not by its name alone, as that may lead through a module of this package into another that it imports.
+        if found is None or not found.__module__.startswith(f"{package}."):
+            raise ConfigError(f"{path} names the target {target}, which is no class of {package}")
+
+
+def _targets(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield node["_target_"]
+        for value in node.values():
+            yield from _targets(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _targets(value)
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:
@@ -230,7 +244,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     table.add_column("value", justify="right")
     for name, value in values.items():
         table.add_row(name, f"{value:.4f}")
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
     return values
 
 
@@ -256,10 +270,10 @@ def write(config: DictConfig) -> list[str]:
         return_routing=config.show_experts,
     )
     texts = [restored.tokenizer.decode(sample.prompt + sample.continuation) for sample in written]
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     for text, sample in zip(texts, written, strict=True):
         console.rule()
-        console.print(text)
+        console.out(text)
         if sample.experts is not None:
             console.print(_expert_table(restored.tokenizer, sample))
     return texts

@@ -197,12 +197,9 @@ def test_the_plan_survives_save_and_load_without_a_trainer() -> None:
         ({"temperature": Decay(2.0, 0.0, 8, "exponential")}, 20, r"both ends must be above zero"),
         ({"temperature": Decay(2.0, 0.1, 8, "square")}, 20, r"shape='square' is unknown"),
         ({"noise": Decay(1.0, -1.0, 8)}, 20, r"evolution.noise ends at -1.0"),
-        ({"diversify": 0.1}, None, r"share of a run without end: set trainer.max_steps"),
     ],
 )
-def test_a_plan_that_cannot_happen_is_refused_in_one_line(
-    options: dict[str, Any], total: int | None, message: str
-) -> None:
+def test_a_plan_that_cannot_happen_is_refused_in_one_line(options: dict[str, Any], total: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         evolution(**options).make_plan(total)
     assert "\n" not in str(caught.value)
@@ -231,3 +228,42 @@ def test_the_spawn_of_a_run_is_seeded() -> None:
         final.append(moe_layers(task)[0][1].experts.expert_parameters(1)["w_in"].detach())
     assert torch.equal(final[0], final[1])
     assert not torch.equal(final[0], final[2])
+
+
+def test_a_share_of_a_short_run_keeps_at_least_one_step() -> None:
+    assert Evolution(diversify=0.01, harden=0.5).make_plan(20).spawn_at == 1
+
+
+def test_the_plan_of_a_checkpoint_is_restored_as_it_was() -> None:
+    trained = evolution()
+    trained.plan = trained.make_plan(20)
+    other = Evolution(diversify=100, harden=150)  # impossible within 20 steps, but it is not this plan's
+    other.load_state_dict(trained.state_dict())
+    assert other.plan == trained.plan
+
+
+def test_a_second_fit_goes_on_with_the_experts_it_has() -> None:
+    task, callback = make_task(), evolution()
+    run(callback, task=task)
+    first = moe_layers(task)[0][1]
+    before = first.experts.expert_parameters(3)["w_in"].detach().clone()
+    task.optimization = Optimization(learning_rate=1e-9)
+    run(callback, task=task, max_steps=16)
+    assert first.live_experts == 4
+    torch.testing.assert_close(first.experts.expert_parameters(3)["w_in"], before, atol=1e-6, rtol=0)
+
+
+def test_a_schedule_that_the_router_cannot_hear_is_named() -> None:
+    with pytest.warns(UserWarning, match="Switch has no schedule: evolution.temperature, evolution.harden do nothing"):
+        run(evolution(), task=make_task(partial(Switch, capacity_factor=None)), max_steps=16)
+
+
+def test_a_test_of_an_earlier_checkpoint_uses_the_values_of_its_step() -> None:
+    task, callback = make_task(), evolution()
+    run(callback, task=task)
+    trainer = L.Trainer(accelerator="cpu", logger=False)
+    callback.on_load_checkpoint(trainer, task, {"global_step": 7})
+    callback.on_test_start(trainer, task)
+    assert callback.state.phase == "sparsify"
+    assert callback.state.temperature == Schedule(2.0, 0.1, 8, "exponential").at(2)
+    assert not moe_layers(task)[0][1].router.hardened

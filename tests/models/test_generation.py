@@ -190,3 +190,16 @@ def test_capacity_in_evaluation_is_the_stated_exception(build: Build) -> None:
     traces = trace_experts(model, PROMPTS)
     used = sum(len(token) for trace in traces for token in trace["block_1"])
     assert used <= 12  # 4 experts with ceil(11 / 4) = 3 places each
+
+
+def test_generation_leaves_the_compiler_alone():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = GPT(30, 16, 16, 2, 2, moe_every=0, dropout=0.0)
+    model.compile(backend="eager")
+    frames = torch._dynamo.utils.counters["frames"]
+    frames.clear()
+    generate(model, [[1, 2], [3]], 8, temperature=0.0)
+    assert frames["total"] == 0
+    model(torch.zeros(1, 4, dtype=torch.int64))
+    assert frames["total"] > 0

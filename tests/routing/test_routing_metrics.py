@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from evomoe.routing import SparseRouting
+from evomoe.routing import RoutingInput, SparseRouting, Switch
 from evomoe.routing.metrics import brief_metrics, dropped_fraction, load_max_violation, router_entropy
 
 
@@ -50,3 +50,13 @@ def test_brief_metrics_of_a_batch_of_padding_are_finite():
 def test_active_experts_count_real_tokens():
     metrics = brief_metrics(routing([[0.5, 0.5]] * 4, [3, 2], num_tokens=2, dropped=0))
     assert metrics["active_experts"].item() == pytest.approx(2.5)
+
+
+def test_the_logged_violation_is_of_the_choice_not_of_what_a_capacity_left():
+    router = Switch(4, 4, capacity_factor=1.0, jitter=0.0)
+    with torch.no_grad():
+        router.gate.weight.copy_(torch.eye(4))
+    hidden = torch.eye(4)[[0, 0, 0, 0, 0, 1, 2, 3]]  # five of eight tokens choose expert 0, which has two places
+    bounded = router(RoutingInput(hidden=hidden, batch=1, sequence=8))
+    assert bounded.tokens_per_expert.tolist() == [2, 1, 1, 1]
+    assert brief_metrics(bounded)["load_max_violation"].item() == pytest.approx(5 / 2 - 1)

@@ -242,3 +242,39 @@ def test_a_coefficient_for_a_loss_that_the_router_lacks_is_refused():
     ):
         make_task(loss_coefficients={"balance": 0.1, "z": 0.1})
     make_task(loss_coefficients={"z": 0.0})
+
+
+def test_mixed_precision_clips_and_trains():
+    task = make_task()
+    before = task.model.token_embedding.weight.detach().clone()
+    make_trainer(max_steps=2, precision="bf16-mixed", gradient_clip_val=1e-3, limit_val_batches=0).fit(task, Windows())
+    assert not torch.equal(task.model.token_embedding.weight, before)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in task.parameters() if p.grad is not None])
+    assert norm == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_nan_in_one_validation_batch_is_reported(monkeypatch):
+    task = make_task()
+    whole = task._cross_entropy
+
+    def poisoned(batch, final_rule=False):
+        total, count, routings = whole(batch, final_rule)
+        return (total * math.nan if count == 5 else total), count, routings
+
+    monkeypatch.setattr(task, "_cross_entropy", poisoned)
+    (metrics,) = make_trainer().validate(task, Windows(), verbose=False)
+    assert math.isnan(metrics["val/loss"]), "the rows of 4 and 1 real tokens were left out"
+
+
+def test_a_run_without_end_is_refused():
+    with pytest.raises(ConfigError, match="the run has no end"):
+        make_trainer(max_steps=-1, max_epochs=-1).fit(make_task(), Windows())
+
+
+def test_an_infinite_auxiliary_loss_without_coefficient_poisons_nothing(monkeypatch):
+    task = make_task(loss_coefficients={"balance": 0.0})
+    monkeypatch.setattr(
+        "evomoe.tasks.language_modeling.sum_losses", lambda _routings: {"balance": torch.tensor(math.inf)}
+    )
+    monkeypatch.setattr(task, "log", lambda *_, **__: None)
+    assert task.training_step(first_batch(), 0)["loss"].isfinite()

@@ -6,7 +6,7 @@ buffer of the MoE layers and is saved with the weights.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import lightning as L
@@ -59,14 +59,14 @@ class EvolutionPlan:
     Args:
         spawn_at: first step with all experts; 0 when there is no diversify phase.
         harden_at: first step under the final sparse rule; None for never.
-        total: length of the run; None when the trainer cannot know it.
+        total: length of the run.
         temperature: schedule since the spawn.
         noise_scale: schedule since the spawn.
     """
 
     spawn_at: int
     harden_at: int | None
-    total: int | None
+    total: int
     temperature: Schedule
     noise_scale: Schedule
 
@@ -83,15 +83,14 @@ class EvolutionPlan:
 
     def describe(self) -> str:
         """The plan in one line."""
-        end = "the end" if self.total is None else str(self.total)
         parts = [f"diversify [0, {self.spawn_at})"] if self.spawn_at else []
         temperature = f"temperature {self.temperature.start:g} to {self.temperature.end:g}"
         parts.append(
-            f"sparsify [{self.spawn_at}, {end if self.harden_at is None else self.harden_at}), {temperature} "
+            f"sparsify [{self.spawn_at}, {self.total if self.harden_at is None else self.harden_at}), {temperature} "
             f"({self.temperature.shape}) over {self.temperature.length}"
         )
         if self.harden_at is not None:
-            parts.append(f"hardened [{self.harden_at}, {end})")
+            parts.append(f"hardened [{self.harden_at}, {self.total})")
         return "; ".join(parts)
 
 
@@ -129,13 +128,14 @@ class Evolution(L.Callback):
         self.seed = seed
         self.plan: EvolutionPlan | None = None
         self.state: EvolutionState | None = None
+        self._restored_step: int | None = None
         self._layers: list[tuple[str, MoELayer]] = []
 
-    def make_plan(self, total: int | None) -> EvolutionPlan:
+    def make_plan(self, total: int) -> EvolutionPlan:
         """Turn shares of the run into steps, and refuse a plan that cannot happen.
 
         Args:
-            total: optimizer steps of the run; None when unknown, which allows no shares.
+            total: optimizer steps of the run.
         """
         spawn_at = _to_steps("evolution.diversify", self.diversify, total)
         harden_at = None if self.harden is None else _to_steps("evolution.harden", self.harden, total)
@@ -145,7 +145,7 @@ class Evolution(L.Callback):
                 f"(evolution.diversify={self.diversify}): harden later or diversify shorter"
             )
         for name, at in (("diversify", spawn_at), ("harden", harden_at)):
-            if total is not None and at is not None and at >= max(total, 1):
+            if at is not None and at >= max(total, 1):
                 raise ConfigError(
                     f"evolution.{name}={getattr(self, name)} is step {at}, past the end of a run of {total} optimizer "
                     f"steps: choose an earlier step or a longer run (trainer.max_steps)"
@@ -158,11 +158,11 @@ class Evolution(L.Callback):
             raise ConfigError(f"evolution.noise ends at {noise_scale.end}: expected noise scales of at least 0")
         return EvolutionPlan(spawn_at, harden_at, total, temperature, noise_scale)
 
-    def _schedule(self, name: str, decay: Decay | None, spawn_at: int, total: int | None) -> Schedule:
+    def _schedule(self, name: str, decay: Decay | None, spawn_at: int, total: int) -> Schedule:
         if decay is None:
             return Schedule(1.0, 1.0, 0)
         length = _to_steps(f"evolution.{name}.length", decay.length, total)
-        if total is not None and spawn_at + length > max(total, 1):
+        if spawn_at + length > max(total, 1):
             raise ConfigError(
                 f"evolution.{name}.length={decay.length} is {length} steps from the spawn at step {spawn_at}, past the "
                 f"end of a run of {total} optimizer steps: choose a shorter one or a longer run (trainer.max_steps)"
@@ -172,21 +172,25 @@ class Evolution(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a model without MoE layers, and put a fresh one into the diversify phase.
 
-        A resumed run restores its weights, and with them the number of live experts, after this hook.
+        A resumed run restores its weights, and with them the number of live experts, after this hook. A second fit in
+        the same process goes on with the experts that it has.
         """
         layers = moe_layers(pl_module)
         if not layers:
             raise ConfigError("evolution needs a model with MoE layers: set evolution=none or model.moe_every=2")
-        if stage == "fit" and self.diversify > 0:
+        if stage == "fit" and self.diversify > 0 and self.plan is None:
             for _, layer in layers:
                 layer.live_experts = 1
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Resolve the plan, and refuse one that cannot happen before any training."""
-        steps = trainer.estimated_stepping_batches
-        plan = self.make_plan(int(steps) if steps not in (-1, float("inf")) else None)
+        plan = self.make_plan(int(trainer.estimated_stepping_batches))
         if self.plan is not None and self.plan != plan:
             rank_zero_warn(f"The checkpoint was trained under another plan ({self.plan.describe()}).")
+        idle = [name for name in ("temperature", "noise", "harden") if getattr(self, name) is not None]
+        deaf = {type(layer.router).__name__ for _, layer in moe_layers(pl_module) if not layer.router.scheduled}
+        if idle and deaf:
+            rank_zero_warn(f"{', '.join(deaf)} has no schedule: evolution.{', evolution.'.join(idle)} do nothing.")
         self.plan = plan
         rank_zero_info(f"Evolution: {self.plan.describe()}")
         self.state = None
@@ -220,11 +224,20 @@ class Evolution(L.Callback):
                 }
             )
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From here on the trainer's own step counts."""
+        self._restored_step = None
+
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validate under the values of the step that comes next, as a checkpoint of this moment would."""
-        self.apply(pl_module, trainer.global_step)
+        """Evaluate under the values of the step that comes next, or of the checkpoint that was loaded for it."""
+        self.state = None
+        self.apply(pl_module, trainer.global_step if self._restored_step is None else self._restored_step)
 
     on_test_start = on_validation_start
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember the step of the weights: Lightning restores it for a fit only."""
+        self._restored_step = checkpoint["global_step"]
 
     def apply(self, module: nn.Module, step: int) -> None:
         """Set every router of ``module`` to the values of optimizer step ``step``."""
@@ -240,12 +253,14 @@ class Evolution(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The plan in plain values, so that a checkpoint can be evaluated without its data."""
-        return {} if self.plan is None else {"total": self.plan.total}
+        return {} if self.plan is None else {"plan": asdict(self.plan)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the plan."""
+        """Restore the plan under which the weights were trained."""
         if state_dict:
-            self.plan = self.make_plan(state_dict["total"])
+            plan = state_dict["plan"]
+            schedules = {name: Schedule(**plan[name]) for name in ("temperature", "noise_scale")}
+            self.plan = EvolutionPlan(**{**plan, **schedules})
 
 
 def moe_layers(module: nn.Module) -> list[tuple[str, MoELayer]]:
@@ -257,13 +272,11 @@ def moe_layers(module: nn.Module) -> list[tuple[str, MoELayer]]:
     ]
 
 
-def _to_steps(name: str, value: int | float, total: int | None) -> int:
+def _to_steps(name: str, value: int | float, total: int) -> int:
     if isinstance(value, int):
         if value < 0:
             raise ConfigError(f"{name}={value}: expected a number of steps >= 0 or a share of the run in [0, 1]")
         return value
     if not 0 <= value <= 1:
         raise ConfigError(f"{name}={value}: a share of the run must be in [0, 1]; write whole steps without a point")
-    if total is None:
-        raise ConfigError(f"{name}={value} is a share of a run without end: set trainer.max_steps, or give steps")
-    return round(value * total)
+    return max(round(value * total), int(value > 0))  # however short the run, no phase that was asked for vanishes

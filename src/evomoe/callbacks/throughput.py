@@ -14,8 +14,9 @@ from evomoe.models.flops import TRAINING_FACTOR
 class Throughput(L.Callback):
     """Logs ``throughput/tokens_per_second`` and ``throughput/training_flops`` every ``log_every_n_steps``.
 
-    The FLOPs are charged by the rows that the experts really computed (forward pass times three), on this process, and
-    go on counting in a resumed run. Time spent in validation and in saving is not part of the speed.
+    Both are sums over all processes, each taken to do what this one does. FLOPs are charged by the rows that the
+    experts really computed, forward pass times three, and go on counting in a resumed run. The speed is that of the
+    steps alone: waiting for data, validation and saving are left out.
     """
 
     def __init__(self) -> None:
@@ -39,8 +40,8 @@ class Throughput(L.Callback):
         tokens = sequences * (length - 1)
         rows = [expert_rows(routing) / tokens for routing in outputs["routings"]]
         per_token = pl_module.model.flops_per_token(length - 1, rows)  # type: ignore[union-attr,operator]
-        self.training_flops += TRAINING_FACTOR * per_token * tokens
-        self._tokens += tokens
+        self.training_flops += TRAINING_FACTOR * per_token * tokens * trainer.world_size
+        self._tokens += tokens * trainer.world_size
         self._seconds += time.perf_counter() - self._started
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not every or step % every or step == self._logged:

@@ -208,11 +208,15 @@ def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; the former mode comes back afterwards."""
+    """Eval mode without gradients, and uncompiled; the former mode comes back afterwards.
+
+    The shapes of generation change with each token: compiling them would use up the compiler's limit of variants, and
+    leave the training that follows uncompiled.
+    """
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         model.train(training)

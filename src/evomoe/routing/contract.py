@@ -45,6 +45,7 @@ class SparseRouting:
         num_tokens: number of real tokens, a 0-dim tensor.
         dropped: number of assignments that a capacity bound refused, a 0-dim tensor.
         losses: auxiliary losses by name, 0-dim fp32 tensors, not yet multiplied by any coefficient.
+        wanted_per_expert: assignments of each expert before any capacity bound, ``(E,)``; None without a bound.
     """
 
     token: Tensor
@@ -54,6 +55,12 @@ class SparseRouting:
     num_tokens: Tensor
     dropped: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
+    wanted_per_expert: Tensor | None = None
+
+    @property
+    def load(self) -> Tensor:
+        """Assignments that the router chose for each expert, those that a capacity refused included, ``(E,)``."""
+        return self.tokens_per_expert if self.wanted_per_expert is None else self.wanted_per_expert
 
     @property
     def expert(self) -> Tensor:
@@ -135,6 +142,9 @@ class Router(nn.Module, ABC):
 
     loss_names: tuple[str, ...] = ()
     """Names of the auxiliary losses that every routing of this router carries."""
+
+    scheduled: bool = False
+    """Whether :meth:`set_schedule` has an effect."""
 
     rules_differ: bool = False
     """Whether ``final_rule`` changes the routing at the present schedule values, so that both are worth evaluating."""

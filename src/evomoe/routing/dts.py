@@ -48,6 +48,7 @@ class DTSGate(Router):
     """
 
     loss_names = ("balance",)
+    scheduled = True
     temperature: Tensor
     noise_scale: Tensor
 
@@ -148,4 +149,5 @@ class DTSGate(Router):
 
 def sample_gumbel(like: Tensor) -> Tensor:
     """Standard Gumbel noise in fp32, of the shape of ``like``."""
-    return -torch.empty_like(like, dtype=torch.float32).exponential_().log()
+    exponential = torch.empty_like(like, dtype=torch.float32).exponential_()
+    return -exponential.clamp_(min=torch.finfo(torch.float32).tiny).log()  # a draw of 0 would be infinite noise

@@ -16,8 +16,8 @@ class LinearGate(nn.Module):
         d_model: width D of the token states.
         num_experts: number of experts E.
         init: ``"scaled"`` draws the weight with standard deviation D^-0.5 (logits of unit variance for normalised
-            states), ``"small"`` with a tenth of that variance's root (Switch Transformer's scale of 0.1),
-            ``"zeros"`` starts from uniform routing.
+            states), ``"small"`` with (0.1 / D)^0.5, Switch Transformer's scale; ``"zeros"`` starts from uniform
+            routing.
     """
 
     def __init__(self, d_model: int, num_experts: int, init: str = "scaled") -> None:

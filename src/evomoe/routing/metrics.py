@@ -29,7 +29,7 @@ def brief_metrics(routing: SparseRouting) -> dict[str, Tensor]:
     """The scalars that are logged for every MoE layer."""
     return {
         "active_experts": routing.active_experts,
-        "load_max_violation": load_max_violation(routing.tokens_per_expert),
+        "load_max_violation": load_max_violation(routing.load),
         "router_entropy": router_entropy(routing),
         "dropped": dropped_fraction(routing),
     }

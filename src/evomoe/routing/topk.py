@@ -114,6 +114,7 @@ class TopK(Router):
             scores=scores,
             num_tokens=num_tokens,
             dropped=wanted.sum() - tokens_per_expert.sum(),
+            wanted_per_expert=wanted,
             losses={
                 "balance": balance_loss(scores, wanted, num_tokens, self.top_k),
                 "z": z_loss(logits, inputs.valid, num_tokens),

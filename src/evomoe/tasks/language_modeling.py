@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
+import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
 
 from evomoe.errors import ConfigError
 from evomoe.models.gpt import GPT
@@ -52,8 +53,10 @@ class LanguageModeling(L.LightningModule):
                         f"router.loss_coefficients.{name}={coefficient}: {type(layer.router).__name__} has no such "
                         f"loss (it has: {known}); name one of them or set the coefficient to 0"
                     )
-        self.mean_loss = MeanMetric()
-        self.mean_loss_sparse = MeanMetric()
+        # Sums, not means: a mean would leave out a batch whose loss is NaN, and report the rest as the whole.
+        self.total_loss = SumMetric(nan_strategy="disable")
+        self.total_loss_sparse = SumMetric(nan_strategy="disable")
+        self.total_tokens = SumMetric(nan_strategy="disable")
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits ``(B, S, V)`` of tokens ``(B, S)``."""
@@ -61,12 +64,15 @@ class LanguageModeling(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """One forward pass; returns the optimized loss, and for the callbacks the loss of the task and the routings."""
-        loss, routings = self._cross_entropy(batch)
+        total_loss, count, routings = self._cross_entropy(batch)
+        loss = total_loss / count
         self.log("train/loss", loss, prog_bar=True)
         total = loss
         for name, value in sum_losses(routings).items():
-            total = total + self.loss_coefficients.get(name, 0.0) * value
-            self.log(f"train/loss_{name}", value / len(routings))
+            coefficient = self.loss_coefficients.get(name, 0.0)
+            if coefficient != 0:
+                total = total + coefficient * value
+            self.log(f"train/loss_{name}", value.detach() / len(routings))
         return {"loss": total, "task_loss": loss.detach(), "routings": [routing.detach() for routing in routings]}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -87,26 +93,50 @@ class LanguageModeling(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with its schedule, stepped once per optimizer step."""
-        optimizer = self.optimization.optimizer(self)
-        scheduler = self.optimization.scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        steps = self.trainer.estimated_stepping_batches
+        if steps in (-1, float("inf")):
+            raise ConfigError(
+                "the run has no end: set trainer.max_steps=1200 or trainer.max_epochs=2 for its schedules"
+            )
+        fused = (
+            getattr(self.trainer.precision_plugin, "scaler", None) is None
+        )  # loss scaling clips, fused steps unscale
+        optimizer = self.optimization.optimizer(self, fused=fused)
+        scheduler = self.optimization.scheduler(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _cross_entropy(self, batch: dict[str, Tensor], final_rule: bool = False) -> tuple[Tensor, list[Routing]]:
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, also for a fused optimizer under bfloat16: Lightning refuses the pair for the sake of loss scaling."""
+        if gradient_clip_val and getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            if gradient_clip_algorithm == "value":
+                torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+            else:
+                torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            return
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _cross_entropy(
+        self, batch: dict[str, Tensor], final_rule: bool = False
+    ) -> tuple[Tensor, Tensor | int, list[Routing]]:
+        """Sum over the real tokens, their number, and the routings."""
         tokens, valid = batch["tokens"], batch.get("valid")
         logits, routings = self.model(tokens[:, :-1], valid=valid, final_rule=final_rule)  # (B, S, V)
         targets = tokens[:, 1:] if valid is None else tokens[:, 1:].masked_fill(~valid, IGNORED)
         total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        count = targets.numel() if valid is None else valid.sum().clamp(min=1)  # a batch may be padding throughout
-        return total / count, routings
+        return total, targets.numel() if valid is None else valid.sum(), routings
 
     def _evaluate(self, batch: dict[str, Tensor]) -> None:
-        valid = batch.get("valid")
-        count = batch["tokens"][:, 1:].numel() if valid is None else valid.sum()
-        loss, _ = self._cross_entropy(batch)
-        self.mean_loss.update(loss, count)
+        loss, count, _ = self._cross_entropy(batch)
+        self.total_tokens.update(count)
+        self.total_loss.update(loss)
         if self._rules_differ():
-            loss, _ = self._cross_entropy(batch, final_rule=True)
-        self.mean_loss_sparse.update(loss, count)
+            loss, _, _ = self._cross_entropy(batch, final_rule=True)
+        self.total_loss_sparse.update(loss)
 
     def _rules_differ(self) -> bool:
         layers = self.model.moe_layers.values()
@@ -114,8 +144,9 @@ class LanguageModeling(L.LightningModule):
 
     def _log_evaluation(self, split: str) -> None:
         units = self.trainer.datamodule.units(split)  # type: ignore[attr-defined]
-        for suffix, metric in (("", self.mean_loss), ("_sparse", self.mean_loss_sparse)):
-            loss = metric.compute()
+        count = self.total_tokens.compute()
+        for suffix, metric in (("", self.total_loss), ("_sparse", self.total_loss_sparse)):
+            loss = metric.compute() / count
             metric.reset()
             values = {f"{split}/loss{suffix}": loss, f"{split}/perplexity{suffix}": loss.exp()}
             if not suffix:
@@ -124,6 +155,7 @@ class LanguageModeling(L.LightningModule):
                 values[f"{split}/bits_per_byte"] = loss * units["tokens"] / units["bytes"] / math.log(2)
             # Equal on all processes already; sync_dist keeps Lightning from doubting it.
             self.log_dict(values, sync_dist=True)
+        self.total_tokens.reset()
 
 
 def sum_losses(routings: list[Routing]) -> dict[str, Tensor]:

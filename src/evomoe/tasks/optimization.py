@@ -43,12 +43,12 @@ class Optimization:
         if self.warmup < 0 or (isinstance(self.warmup, float) and self.warmup > 1):
             raise ConfigError(f"warmup={self.warmup}: expected steps >= 0, or a share of the run in [0, 1]")
 
-    def optimizer(self, module: nn.Module) -> torch.optim.AdamW:
-        """AdamW over ``module``'s parameters in two groups; fused kernels, which differ in speed only."""
+    def optimizer(self, module: nn.Module, fused: bool = True) -> torch.optim.AdamW:
+        """AdamW over ``module``'s parameters in two groups; ``fused`` kernels differ in speed only."""
         decayed, plain = parameter_groups(module)
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         return torch.optim.AdamW(
-            groups, lr=self.learning_rate, betas=(self.beta1, self.beta2), eps=self.eps, fused=True
+            groups, lr=self.learning_rate, betas=(self.beta1, self.beta2), eps=self.eps, fused=fused
         )
 
     def scheduler(self, optimizer: torch.optim.Optimizer, total: int) -> LambdaLR:

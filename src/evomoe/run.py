@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evomoe.callbacks import Evolution, EvolutionProgress, RandomState, RunSummary, SafeCheckpoint, print_closing
+from evomoe.callbacks.epoch_restart import EpochRestart
 from evomoe.checkpointing import VerifiedCheckpointIO, find_checkpoint, load_checkpoint, newest_checkpoint
 from evomoe.cli import instantiate
 from evomoe.data import Tokenizer
@@ -68,7 +69,8 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     if config.evolution is not None:
         callbacks.insert(0, instantiate(config.evolution))
-    callbacks.insert(0, RandomState())  # before the others, whose draws are part of the run that a resume repeats
+    # RandomState before the others, whose draws are part of the run that a resume repeats.
+    callbacks = [RandomState(), EpochRestart(), *callbacks]
     plain_config: Any = OmegaConf.to_container(config, resolve=True)
     for callback in callbacks:
         if isinstance(callback, SafeCheckpoint):

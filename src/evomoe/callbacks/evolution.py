@@ -16,6 +16,7 @@ from torch import nn
 from evomoe.errors import ConfigError
 from evomoe.moe import MoELayer, Spawn, spawn_experts
 from evomoe.routing import Schedule, ScheduleValues
+from evomoe.run_length import total_steps
 
 PHASES = ("diversify", "sparsify", "hardened")
 """Logged as ``evolution/phase`` by their index."""
@@ -184,7 +185,7 @@ class Evolution(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Resolve the plan, and refuse one that cannot happen before any training."""
-        plan = self.make_plan(int(trainer.estimated_stepping_batches))
+        plan = self.make_plan(total_steps(trainer))
         if self.plan is not None and self.plan != plan:
             rank_zero_warn(f"The checkpoint was trained under another plan ({self.plan.describe()}).")
         idle = [name for name in ("temperature", "noise", "harden") if getattr(self, name) is not None]

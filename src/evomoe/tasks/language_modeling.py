@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import SumMetric
@@ -19,9 +18,10 @@ from torchmetrics import SumMetric
 from evomoe.errors import ConfigError
 from evomoe.models.gpt import GPT
 from evomoe.routing import Routing
+from evomoe.run_length import total_steps
 from evomoe.tasks.optimization import Optimization
 
-IGNORED = -100
+NO_TARGET = -100
 
 
 class LanguageModeling(L.LightningModule):
@@ -93,16 +93,10 @@ class LanguageModeling(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with its schedule, stepped once per optimizer step."""
-        steps = self.trainer.estimated_stepping_batches
-        if steps in (-1, float("inf")):
-            raise ConfigError(
-                "the run has no end: set trainer.max_steps=1200 or trainer.max_epochs=2 for its schedules"
-            )
-        fused = (
-            getattr(self.trainer.precision_plugin, "scaler", None) is None
-        )  # loss scaling clips, fused steps unscale
+        # Loss scaling clips unscaled gradients, and a fused step would unscale them itself.
+        fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
         optimizer = self.optimization.optimizer(self, fused=fused)
-        scheduler = self.optimization.scheduler(optimizer, int(steps))
+        scheduler = self.optimization.scheduler(optimizer, total_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -125,9 +119,8 @@ class LanguageModeling(L.LightningModule):
     ) -> tuple[Tensor, Tensor | int, list[Routing]]:
         """Sum over the real tokens, their number, and the routings."""
         tokens, valid = batch["tokens"], batch.get("valid")
-        logits, routings = self.model(tokens[:, :-1], valid=valid, final_rule=final_rule)  # (B, S, V)
-        targets = tokens[:, 1:] if valid is None else tokens[:, 1:].masked_fill(~valid, IGNORED)
-        total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        targets = tokens[:, 1:] if valid is None else tokens[:, 1:].masked_fill(~valid, NO_TARGET)  # (B, S)
+        total, routings = self.model(tokens[:, :-1], targets=targets, valid=valid, final_rule=final_rule)
         return total, targets.numel() if valid is None else valid.sum(), routings
 
     def _evaluate(self, batch: dict[str, Tensor]) -> None:

@@ -1,0 +1,33 @@
+"""How long a fit is."""
+
+from __future__ import annotations
+
+import math
+
+import lightning as L
+
+from evomoe.errors import ConfigError
+
+
+def total_steps(trainer: L.Trainer) -> int:
+    """Optimizer steps of a fit, for what must know them before its first batch.
+
+    Lightning's ``estimated_stepping_batches`` says the same, but in a run of epochs it makes the trainer's own loader
+    to count its batches. Before the loops of a checkpoint are restored, as in ``configure_optimizers`` and
+    ``on_fit_start``, this loses the loader's position, and a resumed run would see other batches. Here a loader is
+    made for the count alone.
+
+    Raises:
+        ConfigError: the fit has no end.
+    """
+    if trainer.max_epochs in (None, -1):
+        if trainer.max_steps == -1:
+            raise ConfigError(
+                "the run has no end: set trainer.max_steps=1200 or trainer.max_epochs=2 for its schedules"
+            )
+        return trainer.max_steps
+    loader = trainer.fit_loop._data_source.dataloader()  # whoever has it: trainer, task or data module
+    limit = trainer.limit_train_batches
+    batches = min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)
+    steps = math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs
+    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import lightning as L
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
@@ -132,6 +133,25 @@ def _become(script: str, arguments: tuple[str, ...], folder: Path) -> None:
     sys.argv = [str(ROOT / script), *arguments]
     torch.set_num_threads(1)
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+class KeepWeights(L.Callback):
+    """Keeps the last weights of every process, as ``rank_<n>.pt`` in the run's folder."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        torch.save(pl_module.state_dict(), Path(trainer.default_root_dir) / f"rank_{trainer.global_rank}.pt")
+
+
+class KeepLosses(L.Callback):
+    """Keeps the optimized loss of every batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.seen.append(outputs["loss"].item())
 
 
 def equal(first: Any, second: Any) -> bool:

@@ -1,0 +1,453 @@
+"""Runs inside this process: what they return, restore, measure and write; the programs are tested in tests/cli."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.programs import KeepLosses, compose, equal
+from lightning.pytorch.callbacks import LearningRateMonitor
+from omegaconf import OmegaConf
+
+from evomoe import run
+from evomoe.callbacks import EvolutionProgress
+from evomoe.callbacks.evolution import moe_layers
+from evomoe.checkpointing import checkpoint_path, list_checkpoints, newest_checkpoint, save_checkpoint
+from evomoe.cli import quote_text
+from evomoe.errors import ConfigError, NonFiniteError
+
+PLAIN = ["callbacks=minimal", "logger=none", "test=false"]
+HARD = ["model.dropout=0.1", "model.attention_dropout=0.1", "trainer.accumulate_grad_batches=2"]
+
+
+@pytest.fixture(scope="session")
+def train(tiny):
+    """Trains in a folder, with overrides of the tiny run."""
+
+    def train(folder: Path, *overrides: str, experiment: str = "gpt_dts") -> tuple[dict[str, float], SimpleNamespace]:
+        config = compose(f"experiment={experiment}", *tiny, *overrides, run_dir=folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            values, objects = run.train(config)
+        return values, SimpleNamespace(**objects)
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def trained(train, tmp_path_factory) -> SimpleNamespace:
+    """A run of all three phases with all callbacks, left as it ended."""
+    logs = tmp_path_factory.mktemp("logs")
+    folder = logs / "gpt_dts" / "first"
+    plan = [
+        "evolution.diversify=7",
+        "evolution.harden=13",
+        "evolution.temperature.length=6",
+        "evolution.noise.length=6",
+    ]
+    saves = [
+        "callbacks.checkpoint.every_n_steps=5",
+        "+callbacks.checkpoint.keep_last=9",
+        "trainer.val_check_interval=5",
+    ]
+    whole = ["trainer.limit_val_batches=1.0", "trainer.limit_test_batches=1.0", "data.eval_batch_size=64"]
+    values, objects = train(folder, "logger=csv", *plan, *saves, *whole)
+    return SimpleNamespace(values=values, folder=folder, logs=logs, **vars(objects))
+
+
+def load(folder: Path) -> dict:
+    path = newest_checkpoint(folder)
+    assert path is not None
+    return torch.load(path, weights_only=True)
+
+
+# -- train ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_returns_its_metrics_and_its_objects(trained):
+    assert {"train/loss", "val/loss", "val/loss_sparse", "test/loss", "test/bits_per_byte"} <= trained.values.keys()
+    assert {"moe/active_experts", "moe/block_1/dropped", "evolution/temperature"} <= trained.values.keys()
+    assert all(type(value) is float for value in trained.values.values())
+    assert trained.trainer.global_step == 20
+    assert trained.config.model.vocab_size == trained.data.vocab_size == trained.task.model.vocab_size
+    assert {"checkpoints", "csv", "summary.json", "summary.md"} <= {path.name for path in trained.folder.iterdir()}
+    assert trained.values["val/loss"] == trained.values["val/loss_sparse"]  # hardened
+
+
+def read_csv(folder: Path) -> list[dict[str, str]]:
+    header, *lines = (folder / "csv" / "metrics.csv").read_text().splitlines()
+    return [dict(zip(header.split(","), line.split(","), strict=True)) for line in lines]
+
+
+def test_what_is_logged_reaches_the_logger_at_its_steps(train, tmp_path):
+    train(tmp_path, "logger=csv", "test=false", "trainer.log_every_n_steps=4", "callbacks.samples=null")
+    rows = read_csv(tmp_path)
+    for name in ("train/loss", "moe/block_1/load_max_violation", "throughput/training_flops", "evolution/phase"):
+        assert [int(row["step"]) for row in rows if row[name]] == [3, 7, 11, 15, 19], name
+    assert [float(row["evolution/phase"]) for row in rows if row["evolution/phase"]] == [1, 1, 2, 2, 2]
+    assert [int(row["step"]) for row in rows if row["val/loss"]] == [9, 19]
+
+
+def test_checkpoints_hold_plain_values_and_the_whole_configuration(trained):
+    paths = list_checkpoints(trained.folder)
+    assert list(paths) == [5, 10, 15, 20]
+    checkpoint = torch.load(paths[20], weights_only=True)
+    config = checkpoint["evomoe"]["config"]
+    assert config["model"]["vocab_size"] == trained.data.vocab_size
+    assert config["evolution"]["temperature"]["shape"] == "exponential"
+    assert config["callbacks"]["checkpoint"]["run_dir"] == str(trained.folder)
+
+
+def test_a_run_leaves_the_loss_at_its_seed(train, tmp_path):
+    first, _ = train(tmp_path / "a", *PLAIN, *HARD, "trainer.max_steps=4", "trainer.val_check_interval=4")
+    again, _ = train(tmp_path / "b", *PLAIN, *HARD, "trainer.max_steps=4", "trainer.val_check_interval=4")
+    other, _ = train(tmp_path / "c", *PLAIN, *HARD, "trainer.max_steps=4", "trainer.val_check_interval=4", "seed=2")
+    assert first == again
+    assert first["train/loss"] != other["train/loss"]
+
+
+def test_a_learning_run_learns(train, tmp_path):
+    values, objects = train(
+        tmp_path, *PLAIN, "trainer.max_steps=60", "trainer.val_check_interval=60", experiment="gpt_switch"
+    )
+    assert values["val/loss"] < 4.9  # ln(300) = 5.70 for a model that knows nothing
+    assert objects.trainer.global_step == 60
+
+
+def test_without_a_logger_the_learning_rate_is_not_monitored(train, tmp_path):
+    _, objects = train(tmp_path, "logger=none", "test=false", "trainer.max_steps=4")
+    assert not [callback for callback in objects.callbacks if isinstance(callback, LearningRateMonitor)]
+    assert [callback for callback in objects.callbacks if isinstance(callback, EvolutionProgress)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.num_experts=0"], "num_experts=0: expected at least 1"),
+        (["model.num_experts=2.5"], "model.num_experts=2.5: expected a whole number"),
+        (["router=top2", "router.gate.top_k=9"], "top_k=9 with 4 experts"),
+        (["router.gate.final_top_k=9"], "top_k=9 with 4 experts"),
+        (["model.d_model=33"], "d_model=33 is not divisible by num_heads=2"),
+        (["model.moe_every=9"], "moe_every=9 leaves no MoE layer among num_layers=2"),
+        (["model.moe_every=0"], "evolution needs a model with MoE layers: set evolution=none"),
+        (["router=none"], "router=None with moe_every=2"),
+        (["data.train=nowhere.txt"], "data.train=nowhere.txt is no file"),
+        (["data.context=100000"], "fewer than one window of data.context=100000"),
+        (["data.vocab_size=10"], "data.vocab_size=10 is too small"),
+        (["router.gate.threshold=0"], "threshold=0: expected a score in (0, 1)"),
+        (["router.gate.threshold=1.0"], "threshold=1.0: expected a score in (0, 1)"),
+        (["evolution.harden=1"], "evolution.harden=1 is step 1, not after the spawn at step 2"),
+        (["evolution.harden=20"], "evolution.harden=20 is step 20, past the end of a run of 20"),
+        (["evolution.temperature.length=19"], "evolution.temperature.length=19 is 19 steps from the spawn"),
+        (
+            ["router=top2", "router.gate.capacity_factor=1.0", "router.gate.priority=choice"],
+            "router TopK looks at later",
+        ),
+        (["+router.loss_coefficients.z=0.1"], "DTSGate has no such loss (it has: balance)"),
+        (["resume=maybe"], "resume=maybe: expected auto or null"),
+        (["ckpt_path=nowhere"], "ckpt_path=nowhere: there is no such file"),
+        (["seed=-1"], "seed=-1: expected a whole number from 0"),
+        (["callbacks.checkpoint.every_n_steps=0"], "every_n_steps=0 must be at least 1"),
+        (["trainer.max_steps=-5"], "max_steps"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_what_cannot_work_is_refused_in_one_line_and_trains_nothing(train, tmp_path, overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        train(tmp_path, *PLAIN, *overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list_checkpoints(tmp_path) == {}
+
+
+@pytest.mark.parametrize("text", ["", " \n\n ", "A text shorter than a context."], ids=["empty", "blank", "short"])
+def test_a_corpus_without_enough_text_is_refused(train, tmp_path, text):
+    file = tmp_path / "text.txt"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"holds no text|fewer than one window") as caught:
+        train(tmp_path, *PLAIN, *(f"data.{split}={file}" for split in ("train", "val", "test")))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_leaking_router_is_admitted_on_demand(train, tmp_path):
+    leak = [
+        "router=top2",
+        "router.gate.capacity_factor=1.0",
+        "router.gate.priority=choice",
+        "model.allow_future_leak=true",
+    ]
+    _, objects = train(tmp_path, *PLAIN, *leak, "trainer.max_steps=4", experiment="gpt_top2")
+    assert objects.trainer.global_step == 4
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_weights(train, tmp_path):
+    overrides = [
+        *PLAIN,
+        "task.optimization.learning_rate=1e30",
+        "task.optimization.warmup=0",
+        "task.optimization.weight_decay=0",
+    ]
+    with pytest.raises(NonFiniteError, match="optimizer step 2, epoch 0, batch 1: the loss is "):
+        train(tmp_path, *overrides, "callbacks.checkpoint.every_n_steps=1")
+    assert list(list_checkpoints(tmp_path)) == [1]
+    assert all(tensor.isfinite().all() for tensor in load(tmp_path)["state_dict"].values())
+
+
+# -- resume -----------------------------------------------------------------------------------------------------------
+
+
+def states(folder: Path) -> dict:
+    """All that the last checkpoint holds, but for the names of its run."""
+    checkpoint = load(folder)
+    del checkpoint["evomoe"]
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def train_hard(train):
+    """Trains with dropout and accumulation, 20 steps of two batches in phases of 4, 8 and 8; keeps all checkpoints."""
+
+    def train_hard(folder: Path, *overrides: str) -> SimpleNamespace:
+        plan = [
+            "evolution.diversify=4",
+            "evolution.harden=12",
+            "evolution.temperature.length=6",
+            "evolution.noise.length=8",
+        ]
+        saves = [
+            "callbacks.checkpoint.every_n_steps=1",
+            "+callbacks.checkpoint.keep_last=99",
+            "trainer.val_check_interval=6",
+        ]
+        keep = "+callbacks.losses._target_=helpers.programs.KeepLosses"
+        values, objects = train(folder, *PLAIN, *HARD, *plan, *saves, keep, *overrides)
+        (losses,) = (callback.seen for callback in objects.callbacks if isinstance(callback, KeepLosses))
+        return SimpleNamespace(folder=folder, values=values, losses=losses)
+
+    return train_hard
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(train_hard, tmp_path_factory) -> SimpleNamespace:
+    return train_hard(tmp_path_factory.mktemp("uninterrupted"))
+
+
+@pytest.mark.parametrize("step", [2, 4, 5, 12, 17], ids=["diversify", "spawn", "sparsify", "harden", "hardened"])
+def test_a_resumed_run_ends_as_if_it_had_not_stopped(train_hard, uninterrupted, tmp_path, step):
+    resumed = train_hard(tmp_path, f"ckpt_path={list_checkpoints(uninterrupted.folder)[step]}")
+    assert resumed.losses == uninterrupted.losses[2 * step :]
+    assert resumed.values == uninterrupted.values
+    assert equal(states(tmp_path), states(uninterrupted.folder))
+
+
+def test_resume_auto_begins_where_there_is_nothing_to_resume(train_hard, uninterrupted, tmp_path):
+    assert train_hard(tmp_path, "resume=auto").losses == uninterrupted.losses
+
+
+def test_resume_auto_passes_over_a_damaged_checkpoint(train_hard, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted.folder, tmp_path, dirs_exist_ok=True)
+    for step in (18, 19, 20):
+        os.truncate(list_checkpoints(tmp_path)[step], 1000)
+    assert train_hard(tmp_path, "resume=auto").losses == uninterrupted.losses[34:]
+    assert equal(states(tmp_path), states(uninterrupted.folder))
+
+
+def test_a_run_of_epochs_resumes_inside_one(train_hard, tmp_path):
+    epochs = ["trainer.max_steps=-1", "trainer.max_epochs=2", "+trainer.limit_train_batches=9"]
+    shares = ["evolution.diversify=0.2", "evolution.harden=0.8"]
+    lengths = ["evolution.temperature.length=0.5", "evolution.noise.length=0.5", "trainer.val_check_interval=4"]
+    whole = train_hard(tmp_path / "whole", *epochs, *shares, *lengths)
+    paths = list_checkpoints(whole.folder)
+    assert len(whole.losses) == 18
+    assert list(paths) == list(range(1, 11))  # five steps an epoch, the fifth of one batch
+    for step, batches_left in ((2, 14), (5, 9), (7, 5)):  # each resumes the one before
+        part = train_hard(tmp_path / f"from_{step}", *epochs, *shares, *lengths, f"ckpt_path={paths[step]}")
+        assert part.losses == whole.losses[-batches_left:]
+        assert equal(states(part.folder), states(whole.folder))
+        paths = list_checkpoints(part.folder)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused_by_name(train, tmp_path):
+    file = tmp_path / "notes.ckpt"
+    file.write_text("notes")
+    with pytest.raises(ConfigError, match=r"notes\.ckpt has no notes\.ckpt\.sha256 beside it"):
+        train(tmp_path, *PLAIN, f"ckpt_path={file}")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    file.with_name("notes.ckpt.sha256").write_text(f"{digest}  notes.ckpt\n")
+    with pytest.raises(ConfigError, match=r"notes\.ckpt holds content that cannot be read"):
+        train(tmp_path, *PLAIN, f"ckpt_path={file}")
+
+
+def test_a_checkpoint_of_other_data_is_refused(train, uninterrupted, tmp_path):
+    (tmp_path / "other.txt").write_text("Another text, that has nothing to do with the first one.\n" * 500)
+    start = newest_checkpoint(uninterrupted.folder)
+    files = [f"data.{split}={tmp_path / 'other.txt'}" for split in ("train", "val", "test")]
+    with pytest.raises(ConfigError, match="the checkpoint was trained on other data"):
+        train(tmp_path, *PLAIN, *files, f"ckpt_path={start}")
+
+
+# -- where a checkpoint is --------------------------------------------------------------------------------------------
+
+
+def touch(folder: Path, step: int, age: float) -> Path:
+    path = checkpoint_path(folder, step)
+    save_checkpoint({"pytorch-lightning_version": "2", "state_dict": {}}, path)
+    moment = path.stat().st_mtime - age
+    os.utime(path, (moment, moment))
+    return path
+
+
+def test_last_is_the_newest_step_of_the_run_that_saved_last(tmp_path):
+    touch(tmp_path / "exp" / "one", 900, age=100)
+    touch(tmp_path / "exp" / "two", 5, age=0)
+    newest = touch(tmp_path / "exp" / "two", 7, age=50)
+    assert run.resolve_checkpoint("last", tmp_path) == newest
+    assert run.resolve_checkpoint(str(tmp_path / "exp" / "one"), tmp_path).name == "step_00000900.ckpt"
+    assert run.resolve_checkpoint(str(newest), tmp_path / "elsewhere") == newest
+    with pytest.raises(ConfigError, match="ckpt_path=last: there is no checkpoint below"):
+        run.resolve_checkpoint("last", tmp_path / "empty")
+    with pytest.raises(ConfigError, match="no best checkpoint yet"):
+        run.resolve_checkpoint("best", tmp_path)
+
+
+def test_last_falls_back_over_a_damaged_file(tmp_path):
+    whole = touch(tmp_path / "exp" / "one", 1, age=10)
+    os.truncate(touch(tmp_path / "exp" / "one", 2, age=0), 10)
+    with pytest.warns(UserWarning, match=r"step_00000002\.ckpt is damaged"):
+        assert run.resolve_checkpoint("last", tmp_path) == whole
+
+
+# -- restore and evaluate ---------------------------------------------------------------------------------------------
+
+
+def evaluate(trained, *overrides: str) -> dict[str, float]:
+    return run.evaluate(compose(f"log_dir={trained.logs}", "accelerator=cpu", *overrides, config="eval"))
+
+
+@pytest.mark.parametrize("step", [5, 10, 15, 20], ids=["diversify", "sparsify", "hardened", "end"])
+def test_a_checkpoint_measures_what_training_logged_there(trained, step):
+    (logged,) = (row for row in read_csv(trained.folder) if row["val/loss"] and int(row["step"]) == step - 1)
+    measured = evaluate(trained, "split=val", f"ckpt_path={list_checkpoints(trained.folder)[step]}")
+    for name in ("val/loss", "val/loss_sparse", "val/perplexity", "val/perplexity_sparse", "val/bits_per_byte"):
+        assert measured[name] == pytest.approx(float(logged[name]), abs=1e-5, rel=1e-5), name
+    assert (measured["val/loss"] == measured["val/loss_sparse"]) == (step != 10)
+
+
+def test_the_test_split_measures_what_the_run_returned(trained, capsys):
+    measured = evaluate(trained)
+    for name, value in measured.items():
+        assert value == pytest.approx(trained.values[name], abs=1e-5, rel=1e-5), name
+    table = capsys.readouterr().out
+    assert "step 20, test split" in " ".join(table.split())
+    assert f"{measured['test/loss_sparse']:.4f}" in table
+
+
+def test_overrides_change_how_a_checkpoint_is_measured(trained):
+    whole = evaluate(trained, "split=val")
+    small = evaluate(trained, "split=val", 'overrides="data.eval_batch_size=3 data.num_workers=0"')
+    assert small["val/loss"] == pytest.approx(whole["val/loss"], abs=1e-5)
+    assert evaluate(trained, "split=val", "limit_batches=1")["val/loss"] != whole["val/loss"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["split=train"], "split=train: expected val or test"),
+        (["ckpt_path=nowhere"], "ckpt_path=nowhere: there is no such file"),
+        (['overrides="data.batchsize=3"'], "batchsize"),
+        (['overrides="model.d_model=64"'], "describe another model than the one in"),
+        (['overrides="model.d_model=2.5"'], "model.d_model=2.5: expected a whole number"),
+        (
+            ['overrides="model._target_=evomoe.run.Path"'],
+            "names the target evomoe.run.Path, which is no class of evomoe",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(trained, overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        evaluate(trained, *overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_restored_model_is_the_trained_one_at_the_schedule_of_its_step(trained):
+    restored = run.restore("last", str(trained.logs))
+    assert restored.step == 20
+    assert equal(dict(restored.task.state_dict()), dict(trained.task.state_dict()))
+    assert not restored.task.training
+    ((_, layer),) = moe_layers(restored.task)
+    assert layer.router.hardened
+    assert layer.router.temperature.item() == pytest.approx(0.05)
+    young = run.restore(str(list_checkpoints(trained.folder)[10]))
+    ((_, layer),) = moe_layers(young.task)
+    assert not layer.router.hardened
+    assert layer.router.temperature.item() == pytest.approx(2 * (0.05 / 2) ** (3 / 6))
+    assert layer.live_experts == 4
+    assert restored.tokenizer.encode("the same") == trained.data.tokenizer.encode("the same")
+
+
+@pytest.mark.parametrize(
+    ("key", "target"),
+    [
+        ("task.optimization", "os.system"),
+        ("model", "evomoe.checkpointing.os.mkdir"),
+        ("model", "evomoe.run.Path"),
+        ("router.gate", "torch.utils.cpp_extension.load_inline"),
+        ("data", "evomoe.no.such.Class"),
+        ("evolution.noise", "${oc.env:HOME}"),
+    ],
+)
+def test_a_checkpoint_cannot_choose_what_is_called(trained, tmp_path, key, target):
+    checkpoint = load(trained.folder)
+    config = OmegaConf.create(checkpoint["evomoe"]["config"])
+    OmegaConf.update(config, f"{key}._target_", target)
+    checkpoint["evomoe"]["config"] = OmegaConf.to_container(config, resolve=False)
+    path = tmp_path / "hostile.ckpt"
+    save_checkpoint(checkpoint, path)
+    with pytest.raises(ConfigError, match="hostile.ckpt names the target .*, which is no class of evomoe"):
+        run.restore(str(path))
+
+
+# -- write ------------------------------------------------------------------------------------------------------------
+
+
+def write(trained, *overrides: str) -> list[str]:
+    return run.write(compose(f"log_dir={trained.logs}", "max_new_tokens=8", *overrides, config="generate"))
+
+
+def test_what_is_written_begins_with_the_prompt_and_is_printed_unchanged(trained, capsys):
+    prompt = "def f(x): # [not markup] :smile: " + "a long line that a terminal would wrap " * 3
+    (text,) = write(trained, quote_text(f"prompt={prompt}"))
+    assert text.startswith(prompt)
+    assert text != prompt
+    assert re.sub(r"[\a\b\v\f\r]", "", text) in capsys.readouterr().out  # control codes do not reach the terminal
+
+
+def test_several_prompts_are_continued_each_by_itself(trained):
+    both = write(trained, 'prompt=["The value ","If "]', "seed=3")
+    assert [both[0][:10], both[1][:3]] == ["The value ", "If "]
+    assert both == write(trained, 'prompt=["The value ","If "]', "seed=3")
+    assert both == [*write(trained, 'prompt="The value "', "seed=3"), *write(trained, 'prompt="If "', "seed=3")]
+    assert both != write(trained, 'prompt=["The value ","If "]', "seed=4")
+    greedy = [write(trained, 'prompt="If "', "temperature=0", f"seed={seed}") for seed in (3, 4)]
+    assert greedy[0] == greedy[1]
+
+
+def test_the_experts_of_each_token_are_shown(trained, capsys):
+    write(trained, 'prompt="If "', "show_experts=true")
+    rows = [line for line in capsys.readouterr().out.splitlines() if re.search(r"\d:\d\.\d\d", line)]
+    assert len(rows) == len(trained.data.tokenizer.encode("If ")) + 8
+    assert all(re.search(r"│ [0-3]:[01]\.\d\d +│$", row) for row in rows)  # hardened: one expert a token
+
+
+@pytest.mark.parametrize("prompt", ['""', "[]", '["a",""]', "null"])
+def test_an_empty_prompt_is_refused(trained, prompt):
+    with pytest.raises(ConfigError, match="^prompt is empty"):
+        write(trained, f"prompt={prompt}")

@@ -35,7 +35,7 @@ class Run:
     """Batches of a quarter of a second, under a clock that is turned by hand."""
 
     def __init__(self, monkeypatch, model=None, every: int = 1) -> None:
-        self.now, self.step, self.every = 100.0, 0, every
+        self.now, self.step, self.every, self.processes = 100.0, 0, every, 1
         self.logged: list[tuple[int, str, float]] = []
         self.module = SimpleNamespace(model=model or Model(), log=self._log)
         self.callback = Throughput()
@@ -52,13 +52,20 @@ class Run:
 
     @property
     def _trainer(self):
-        return SimpleNamespace(global_step=self.step, log_every_n_steps=self.every)
+        return SimpleNamespace(global_step=self.step, log_every_n_steps=self.every, world_size=self.processes)
 
 
 def test_speed_and_flops_typed_by_hand(monkeypatch):
     run = Run(monkeypatch)
     run.batch([routing(10), routing(25)])  # one row a token in the first layer, two and a half in the second
     assert run.logged == [(1, "tokens_per_second", 40.0), (1, "training_flops", 3 * 10 * (500 + 3500))]
+
+
+def test_both_are_sums_over_all_processes(monkeypatch):
+    run = Run(monkeypatch)
+    run.processes = 3
+    run.batch([])
+    assert run.logged == [(1, "tokens_per_second", 120.0), (1, "training_flops", 3 * 3 * 10 * 500)]
 
 
 def test_time_between_batches_is_not_part_of_the_speed(monkeypatch):

@@ -16,5 +16,5 @@ class EpochRestart(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count the epoch that comes, if the old one is over."""
         progress = trainer.fit_loop.epoch_progress.total
-        if trainer.fit_loop.restarted_mid_epoch and progress.completed == progress.started:
+        if trainer.fit_loop.restarted_mid_epoch and progress.completed == progress.ready:
             trainer.fit_loop.reset_restart_stage()

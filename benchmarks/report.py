@@ -69,7 +69,7 @@ def facts(device: str, *others: str) -> str:
     machine = f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     if device == "cuda":
         machine = f"{torch.cuda.get_device_name()}; {machine}"
-    script = Path(sys.argv[0])
+    script = Path(sys.argv[0]).resolve()
     command = shlex.join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
     items = [
         f"`{command}`",

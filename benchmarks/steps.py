@@ -16,7 +16,6 @@ from typing import Any
 import hydra
 import lightning as L
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
@@ -112,8 +111,8 @@ def bare_step(
     tokens = batch["tokens"]
     optimizer.zero_grad()
     with torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.precision == "bf16"):
-        logits, routings = task.model(tokens[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        total, routings = task.model(tokens[:, :-1], targets=tokens[:, 1:])
+        loss = total / setting.size.tokens
         for name, value in sum_losses(routings).items():
             loss = loss + task.loss_coefficients.get(name, 0.0) * value
     loss.backward()

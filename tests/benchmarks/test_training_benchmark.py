@@ -47,7 +47,7 @@ def test_every_part_reports_and_the_missing_peer_is_named(tmp_path):
         "DTS, hardened": "1.00",
     }
     # The bare loop, Lightning and the monitored fit took their turns, and each target has its verdict.
-    assert {"bare loop", "Lightning", "Lightning, monitored"} <= set(rows)
+    assert {"bare loop", "Lightning", "Lightning, monitored, with a log"} <= set(rows)
     verdicts = {name: row[-1] for name, row in rows.items() if row[-1] in ("met", "missed")}
     assert set(verdicts) == {
         "diversify phase to dense",

@@ -6,6 +6,8 @@ from functools import partial
 import pytest
 from helpers.programs import CONFIGS
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from evomoe.cli import (
@@ -41,7 +43,6 @@ def refusal(*arguments: str, config: str = "train") -> str:
         ("optimization.warmup=1", "there is no key 'optimization.warmup'; did you mean 'task.optimization.warmup'?"),
         ("router.gate.tresholdd=1", "did you mean 'router.gate.threshold'?"),
         ("task.optimization.lr=1", "'task.optimization.lr'; expected one of beta1, beta2, eps, learning_rate,"),
-        ("evolution.harden=5", "evolution.harden=5: there is no evolution here; choose one of diversify, dts, "),
         ("~callbacks.sample", "'callbacks.sample' does not exist"),
         ("+seed=3", "An item is already at 'seed'"),
         ("trainer.max_steps=ten", "trainer.max_steps=ten: expected a number, as in trainer.max_steps=1200"),
@@ -67,6 +68,11 @@ def test_a_wrong_word_is_answered_in_one_line(argument, message):
 )
 def test_what_is_right_passes(arguments):
     check_overrides(read_overrides(arguments), CONFIGS, "train")
+
+
+def test_a_key_of_a_group_that_is_left_out_is_answered_with_its_choices():
+    message = refusal("experiment=gpt_switch", "evolution.harden=5")
+    assert message.startswith("evolution.harden=5: there is no evolution here; choose one of diversify, dts, ")
 
 
 def test_the_last_of_two_overrides_counts():
@@ -103,6 +109,12 @@ def test_the_nearest_key_is_sought_among_siblings_first():
     assert nearest_key("zzz.zzz", known) == ""
 
 
+def understood(argument: str) -> str:
+    """What the program finds in its configuration."""
+    (override,) = OverridesParser.create().parse_overrides([quote_text(argument)])
+    return OmegaConf.create({"value": override.value()}).value
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -129,8 +141,13 @@ def test_the_nearest_key_is_sought_among_siblings_first():
     ],
 )
 def test_a_prompt_means_what_was_typed(text):
-    (override,) = OverridesParser.create().parse_overrides([quote_text(f"prompt={text}")])
-    assert override.value() == text
+    assert understood(f"prompt={text}") == text
+
+
+@given(st.text(st.sampled_from("ab \\\"'${}[](),:=#\n\t~@%é"), min_size=1))
+def test_any_prose_means_what_was_typed(text):
+    assume(quote_text(f"prompt={text}") != f"prompt={text}")  # a user who quotes means what is inside the quotes
+    assert understood(f"prompt={text}") == text
 
 
 @pytest.mark.parametrize(
@@ -151,8 +168,7 @@ def test_what_is_quoted_or_no_prose_stays(argument):
 
 @pytest.mark.parametrize("text", ["train[:10%]", "my file (1).txt", "a=b", "[open"])
 def test_what_the_grammar_cannot_read_is_text(text):
-    (override,) = OverridesParser.create().parse_overrides([quote_text(f"data.train={text}")])
-    assert override.value() == text
+    assert understood(f"data.train={text}") == text
 
 
 CLASSES = {
@@ -276,6 +292,19 @@ def test_each_end_has_its_exit_status(monkeypatch, capsys, tmp_path, error, stat
         run_main(partial(fail, error), CONFIGS, "generate")
     assert caught.value.code == status
     assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_a_multirun_has_one_folder_wherever_its_option_stands(monkeypatch, tmp_path, position):
+    arguments = [f"paths.log_dir={tmp_path}", "seed=1,2"]
+    arguments.insert(position, "-m")
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    seeds = []
+    run_main(lambda config: seeds.append(config.seed), CONFIGS, "train")
+    assert seeds == [1, 2]
+    (folder,) = (tmp_path / "run").iterdir()
+    assert sys.argv == ["program", "-m", *(a for a in arguments if a != "-m"), sys.argv[-1]]
+    assert sys.argv[-1] == f"hydra.sweep.dir=${{paths.log_dir}}/${{experiment_name}}/{folder.name}"
 
 
 def test_a_wrong_word_ends_the_program_before_it_begins(monkeypatch, capsys):

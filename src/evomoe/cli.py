@@ -22,12 +22,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evomoe.errors import ConfigError, NonFiniteError
 
+MULTIRUN = {"-m", "--multirun"}
 TEXT_KEYS = ("prompt", "overrides")
 """Overrides whose value is prose: taken as typed, even where Hydra's grammar makes a list or a number of it."""
 
@@ -46,7 +48,7 @@ def run_main(function: Callable[[DictConfig], Any], config_dir: Path, config_nam
     except ConfigError as error:
         _refuse(error)
     if is_multirun(sys.argv[1:]):
-        sys.argv.append(_sweep_folder())
+        sys.argv[1:] = _name_sweep(sys.argv[1:])
 
     @hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)
     def main(config: DictConfig) -> None:
@@ -82,8 +84,9 @@ def quote_text(argument: str) -> str:
         is_sweep = OverridesParser.create().parse_override(argument).is_sweep_override()
         if key not in TEXT_KEYS or (value[:1] in ("'", '"', "[") and not is_sweep):
             return argument
-    escaped = value.replace("\\", "\\\\") if value.endswith("\\") else value
-    return f'{key}="{escaped}"' if '"' not in escaped else f"{key}='" + escaped.replace("'", "\\'") + "'"
+    if key in TEXT_KEYS:
+        value = re.sub(r"(\\*)(\$\{)", r"\1\1\\\2", value)  # OmegaConf must not resolve ${...}
+    return f"{key}={QuotedString(value, Quote.double).with_quotes()}"
 
 
 def read_overrides(arguments: Sequence[str]) -> list[str]:
@@ -109,12 +112,19 @@ def read_overrides(arguments: Sequence[str]) -> list[str]:
 
 def is_multirun(arguments: Sequence[str]) -> bool:
     """Whether a command line asks Hydra for several jobs."""
-    return not {"-m", "--multirun"}.isdisjoint(arguments)
+    return not MULTIRUN.isdisjoint(arguments)
 
 
-def _sweep_folder() -> str:
-    """The folder of a multirun, named once: data-parallel processes start from a copy of this command line."""
-    return f"hydra.sweep.dir=${{paths.log_dir}}/${{experiment_name}}/{time.strftime('%Y-%m-%d_%H-%M-%S')}_multirun"
+def _name_sweep(arguments: Sequence[str]) -> list[str]:
+    """The command line of a multirun with its folder in words.
+
+    Data-parallel processes start from a copy of it, and would otherwise take the time of their own start for the name.
+    """
+    overrides = [argument for argument in arguments if argument not in MULTIRUN]
+    if not any(override.startswith("hydra.sweep.dir=") for override in overrides):
+        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_multirun"
+        overrides.append(f"hydra.sweep.dir=${{paths.log_dir}}/${{experiment_name}}/{name}")
+    return ["-m", *overrides]  # in front, as argparse sees no list in overrides on both sides of an option
 
 
 def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str) -> None:

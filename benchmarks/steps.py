@@ -16,6 +16,7 @@ from typing import Any
 import hydra
 import lightning as L
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
@@ -111,10 +112,11 @@ def bare_step(
     tokens = batch["tokens"]
     optimizer.zero_grad()
     with torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.precision == "bf16"):
-        total, routings = task.model(tokens[:, :-1], targets=tokens[:, 1:])
-        loss = total / setting.size.tokens
+        logits, routings = task.model(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
         for name, value in sum_losses(routings).items():
-            loss = loss + task.loss_coefficients.get(name, 0.0) * value
+            if task.loss_coefficients.get(name):
+                loss = loss + task.loss_coefficients[name] * value
     loss.backward()
     nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
     optimizer.step()

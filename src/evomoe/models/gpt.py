@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from evomoe.errors import ConfigError
 from evomoe.models.blocks import DecoderBlock, FeedForward, KeyValueCache
-from evomoe.models.cross_entropy import linear_cross_entropy
 from evomoe.models.flops import attention_flops, expert_flops, matrix_flops, router_flops
 from evomoe.models.initialization import draw_normal_
 from evomoe.moe.layer import MoELayer, RouterFactory
@@ -148,29 +147,26 @@ class GPT(nn.Module):
         self,
         tokens: Tensor,
         *,
-        targets: Tensor | None = None,
         valid: Tensor | None = None,
         final_rule: bool = False,
         cache: KeyValueCache | None = None,
     ) -> tuple[Tensor, list[Routing]]:
-        """Predict the next token at every position, or measure the prediction of given ones.
+        """Predict the next token at every position.
 
         1. Embed tokens and positions.
         2. Apply the blocks; with ``checkpoint_activations``, each is recomputed in the backward pass with the same
            random numbers, and the routings returned are those of this first pass.
-        3. Normalise, and score against the token embedding; with ``targets``, without keeping the scores.
+        3. Normalise, and score against the token embedding.
 
         Args:
             tokens: ``(B, S)`` token ids; with a cache, the S tokens after those it holds.
-            targets: ``(B, S)`` the right next tokens, negative where there is none.
             valid: ``(B, S)`` bool, False at padding, which must stand at the end of its row: a later token is never
                 seen by an earlier one, and the routers skip it, so that padding changes nothing. None if all are real.
             final_rule: route by the final sparse rule instead of the training rule.
             cache: keys and values of the past, from :meth:`new_cache`; updated in place.
 
         Returns:
-            Logits ``(B, S, V)``, or with ``targets`` their cross-entropy summed over all tokens, a 0-dim fp32 tensor;
-            and the routings of the MoE layers in the order of :attr:`moe_layers`.
+            Logits ``(B, S, V)``, and the routings of the MoE layers in the order of :attr:`moe_layers`.
 
         Raises:
             ConfigError: if the sequence is longer than the context.
@@ -193,12 +189,9 @@ class GPT(nn.Module):
             if routing is not None:
                 routings.append(routing)
 
-        hidden = self.final_norm(hidden)
-        if targets is not None:
-            flat = hidden.flatten(0, 1)  # (T, D)
-            return linear_cross_entropy(flat, self.token_embedding.weight, targets.flatten(), self.vocab_size), routings
         # Score the extra rows too, for aligned shapes, and let nobody see them.
-        return F.linear(hidden, self.token_embedding.weight)[..., : self.vocab_size], routings
+        logits = F.linear(self.final_norm(hidden), self.token_embedding.weight)[..., : self.vocab_size]
+        return logits, routings
 
     @property
     def moe_layers(self) -> dict[str, MoELayer]:

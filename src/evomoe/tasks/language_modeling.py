@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import SumMetric
@@ -120,7 +121,9 @@ class LanguageModeling(L.LightningModule):
         """Sum over the real tokens, their number, and the routings."""
         tokens, valid = batch["tokens"], batch.get("valid")
         targets = tokens[:, 1:] if valid is None else tokens[:, 1:].masked_fill(~valid, NO_TARGET)  # (B, S)
-        total, routings = self.model(tokens[:, :-1], targets=targets, valid=valid, final_rule=final_rule)
+        logits, routings = self.model(tokens[:, :-1], valid=valid, final_rule=final_rule)  # (B, S, V)
+        scores = logits.flatten(0, 1).float()
+        total = F.cross_entropy(scores, targets.flatten(), ignore_index=NO_TARGET, reduction="sum")
         return total, targets.numel() if valid is None else valid.sum(), routings
 
     def _evaluate(self, batch: dict[str, Tensor]) -> None:

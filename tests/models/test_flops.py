@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from helpers.flops import flop_counter
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
-from torch.utils.flop_counter import FlopCounterMode
 
 from evomoe.models.flops import TRAINING_FACTOR
 from evomoe.models.gpt import GPT
@@ -23,7 +23,7 @@ Build = Callable[..., GPT]
 def count_flops(model: GPT, tokens: Tensor, *, backward: bool) -> tuple[int, list[float]]:
     """FLOPs of one pass by the dispatched operators, and the active experts of each MoE layer."""
     # The counter knows no fused attention on CPU, so attention runs as its two matrix products.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with flop_counter() as counter, sdpa_kernel(SDPBackend.MATH):
         logits, routings = model(tokens)
         if backward:
             cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()

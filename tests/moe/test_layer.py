@@ -11,9 +11,9 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.flops import flop_counter
 from routing.registry import ROWS
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from evomoe.errors import ConfigError
 from evomoe.moe import MoELayer
@@ -87,20 +87,9 @@ def test_output_and_gradients_equal_the_dense_oracle(row, train, backend, valid)
         assert torch.equal(output[~valid], torch.zeros_like(output[~valid]))
 
 
-def grouped_mm_flops(rows: torch.Size, weight: torch.Size, *args: object, **kwargs: object) -> int:
-    """``rows (A, in)`` times ``weight (E, in, out)``, each row with one of the matrices."""
-    return 2 * rows[0] * rows[1] * weight[2]
-
-
-def addmm_flops(out: torch.Size, a: torch.Size, b: torch.Size, **kwargs: object) -> int:
-    """``a (m, k)`` times ``b (k, n)``, added to ``out`` in place."""
-    return 2 * a[0] * a[1] * b[1]
-
-
 def matrix_flops(call) -> int:
     """Floating-point operations of the matrix products that really run."""
-    mapping = {torch.ops.aten._grouped_mm: grouped_mm_flops, torch.ops.aten.addmm_: addmm_flops}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with flop_counter() as counter:
         call()
     return counter.get_total_flops()
 

@@ -45,7 +45,7 @@ def refusal(*arguments: str, config: str = "train") -> str:
         ("task.optimization.lr=1", "'task.optimization.lr'; expected one of beta1, beta2, eps, learning_rate,"),
         ("~callbacks.sample", "'callbacks.sample' does not exist"),
         ("+seed=3", "An item is already at 'seed'"),
-        ("trainer.max_steps=ten", "trainer.max_steps=ten: expected a number, as in trainer.max_steps=1200"),
+        ("trainer.max_steps=ten", "trainer.max_steps=ten: expected a number, as in trainer.max_steps=1000"),
         ("compile=maybe", "compile=maybe: expected true or false, as in compile=false"),
         ("data train=one.txt", "data train=one.txt cannot be read: expected key=value"),
         ("seed", "'seed' is no override: expected key=value"),

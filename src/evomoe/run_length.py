@@ -23,7 +23,7 @@ def total_steps(trainer: L.Trainer) -> int:
     if trainer.max_epochs in (None, -1):
         if trainer.max_steps == -1:
             raise ConfigError(
-                "the run has no end: set trainer.max_steps=1200 or trainer.max_epochs=2 for its schedules"
+                "the run has no end: set trainer.max_steps=1000 or trainer.max_epochs=2 for its schedules"
             )
         return trainer.max_steps
     loader = trainer.fit_loop._data_source.dataloader()  # whoever has it: trainer, task or data module

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.programs import KeepLosses, compose, equal
+from helpers.programs import CONFIGS, KeepLosses, compose, equal
 from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import OmegaConf
 
@@ -119,6 +119,24 @@ def test_a_learning_run_learns(train, tmp_path):
     )
     assert values["val/loss"] < 4.9  # ln(300) = 5.70 for a model that knows nothing
     assert objects.trainer.global_step == 60
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml")))
+def test_every_experiment_trains_and_comes_back(train, tmp_path, experiment):
+    one_process = ["trainer=default", "trainer.devices=1", "trainer.precision=32-true"]
+    short = ["trainer.accumulate_grad_batches=1", "trainer.max_steps=8", "trainer.val_check_interval=4"]
+    plan = ["evolution.harden=6"] if "dts" in experiment else []
+    optimization = "task.optimization.warmup=2"
+    _, objects = train(tmp_path, *PLAIN, *one_process, *short, *plan, optimization, experiment=experiment)
+    restored = run.restore(str(tmp_path))
+    assert restored.step == 8
+    assert equal(dict(restored.task.state_dict()), dict(objects.task.state_dict()))
+
+
+def test_three_batches_are_learnt_by_heart(train, tmp_path):
+    steps = ["trainer.max_steps=200", "trainer.val_check_interval=1.0", "task.optimization.learning_rate=1e-2"]
+    values, _ = train(tmp_path, *PLAIN, "debug=overfit", *steps)
+    assert values["train/loss"] < 1
 
 
 def test_without_a_logger_the_learning_rate_is_not_monitored(train, tmp_path):

@@ -125,6 +125,14 @@ def test_a_used_run_folder_is_not_overwritten(workplace, tiny):
     assert "already holds step_00000020.ckpt" in done.stderr
 
 
+def test_a_run_goes_on_from_the_last_one_under_another_name(workplace, tiny):
+    more = ["ckpt_path=last", "run_name=longer", "trainer.max_steps=24", "test=false"]
+    done = call("train.py", "experiment=gpt_dts", *tiny, *more, folder=workplace)
+    assert done.status == 0, done.stderr
+    assert "Resuming from logs/gpt_dts/first/checkpoints/step_00000020.ckpt" in done.stderr
+    assert list(list_checkpoints(workplace / "logs" / "gpt_dts" / "longer")) == [24]
+
+
 # -- signals ----------------------------------------------------------------------------------------------------------
 
 

@@ -109,13 +109,13 @@ def test_a_mistake_costs_one_line_and_status_2(workplace, tiny, script, argument
     assert sorted((workplace / "logs").rglob("*.ckpt")) == before
 
 
-def test_a_loss_that_is_not_finite_has_status_3(workplace, tiny):
+def test_a_loss_that_is_not_finite_has_status_3(tiny, tmp_path):
     arguments = ["run_name=nan", "task.optimization.learning_rate=1e30", "callbacks.checkpoint.every_n_steps=1"]
-    done = call("train.py", "experiment=gpt_dts", *tiny, *arguments, folder=workplace)
+    done = call("train.py", "experiment=gpt_dts", *tiny, *arguments, folder=tmp_path)
     assert done.status == 3
     assert done.stderr.splitlines()[-1].startswith("error: optimizer step 2, epoch 0, batch 1: the loss is nan")
     assert "Traceback" not in done.stderr
-    weights = load(workplace / "logs" / "gpt_dts" / "nan")["state_dict"]
+    weights = load(tmp_path / "logs" / "gpt_dts" / "nan")["state_dict"]
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 

@@ -21,3 +21,14 @@ def tiny(corpus, tmp_path_factory) -> list[str]:
     from helpers.programs import tiny_overrides
 
     return tiny_overrides(corpus, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def train(tiny):
+    """Trains an experiment in a folder, in this process, with overrides of the tiny run."""
+    from helpers import programs
+
+    def train(folder: Path, *overrides: str, experiment: str = "gpt_dts"):
+        return programs.train(folder, f"experiment={experiment}", *tiny, *overrides)
+
+    return train

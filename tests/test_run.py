@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-import shutil
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.programs import CONFIGS, KeepLosses, compose, equal
+from helpers.programs import CONFIGS, HARD, PLAIN, compose, equal, load
 from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import OmegaConf
 
 from evomoe import run
 from evomoe.callbacks import EvolutionProgress
 from evomoe.callbacks.evolution import moe_layers
-from evomoe.checkpointing import checkpoint_path, list_checkpoints, newest_checkpoint, save_checkpoint
+from evomoe.checkpointing import checkpoint_path, list_checkpoints, save_checkpoint
 from evomoe.cli import quote_text
 from evomoe.errors import ConfigError, NonFiniteError
-
-PLAIN = ["callbacks=minimal", "logger=none", "test=false"]
-HARD = ["model.dropout=0.1", "model.attention_dropout=0.1", "trainer.accumulate_grad_batches=2"]
-
-
-@pytest.fixture(scope="session")
-def train(tiny):
-    """Trains in a folder, with overrides of the tiny run."""
-
-    def train(folder: Path, *overrides: str, experiment: str = "gpt_dts") -> tuple[dict[str, float], SimpleNamespace]:
-        config = compose(f"experiment={experiment}", *tiny, *overrides, run_dir=folder)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            values, objects = run.train(config)
-        return values, SimpleNamespace(**objects)
-
-    return train
 
 
 @pytest.fixture(scope="session")
@@ -60,12 +40,6 @@ def trained(train, tmp_path_factory) -> SimpleNamespace:
     whole = ["trainer.limit_val_batches=1.0", "trainer.limit_test_batches=1.0", "data.eval_batch_size=64"]
     values, objects = train(folder, "logger=csv", *plan, *saves, *whole)
     return SimpleNamespace(values=values, folder=folder, logs=logs, **vars(objects))
-
-
-def load(folder: Path) -> dict:
-    path = newest_checkpoint(folder)
-    assert path is not None
-    return torch.load(path, weights_only=True)
 
 
 # -- train ------------------------------------------------------------------------------------------------------------
@@ -216,99 +190,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_weights(train, tm
         train(tmp_path, *overrides, "callbacks.checkpoint.every_n_steps=1")
     assert list(list_checkpoints(tmp_path)) == [1]
     assert all(tensor.isfinite().all() for tensor in load(tmp_path)["state_dict"].values())
-
-
-# -- resume -----------------------------------------------------------------------------------------------------------
-
-
-def states(folder: Path) -> dict:
-    """All that the last checkpoint holds, but for the names of its run."""
-    checkpoint = load(folder)
-    del checkpoint["evomoe"]
-    return checkpoint
-
-
-@pytest.fixture(scope="session")
-def train_hard(train):
-    """Trains with dropout and accumulation, 20 steps of two batches in phases of 4, 8 and 8; keeps all checkpoints."""
-
-    def train_hard(folder: Path, *overrides: str) -> SimpleNamespace:
-        plan = [
-            "evolution.diversify=4",
-            "evolution.harden=12",
-            "evolution.temperature.length=6",
-            "evolution.noise.length=8",
-        ]
-        saves = [
-            "callbacks.checkpoint.every_n_steps=1",
-            "+callbacks.checkpoint.keep_last=99",
-            "trainer.val_check_interval=6",
-        ]
-        keep = "+callbacks.losses._target_=helpers.programs.KeepLosses"
-        values, objects = train(folder, *PLAIN, *HARD, *plan, *saves, keep, *overrides)
-        (losses,) = (callback.seen for callback in objects.callbacks if isinstance(callback, KeepLosses))
-        return SimpleNamespace(folder=folder, values=values, losses=losses)
-
-    return train_hard
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(train_hard, tmp_path_factory) -> SimpleNamespace:
-    return train_hard(tmp_path_factory.mktemp("uninterrupted"))
-
-
-@pytest.mark.parametrize("step", [2, 4, 5, 12, 17], ids=["diversify", "spawn", "sparsify", "harden", "hardened"])
-def test_a_resumed_run_ends_as_if_it_had_not_stopped(train_hard, uninterrupted, tmp_path, step):
-    resumed = train_hard(tmp_path, f"ckpt_path={list_checkpoints(uninterrupted.folder)[step]}")
-    assert resumed.losses == uninterrupted.losses[2 * step :]
-    assert resumed.values == uninterrupted.values
-    assert equal(states(tmp_path), states(uninterrupted.folder))
-
-
-def test_resume_auto_begins_where_there_is_nothing_to_resume(train_hard, uninterrupted, tmp_path):
-    assert train_hard(tmp_path, "resume=auto").losses == uninterrupted.losses
-
-
-def test_resume_auto_passes_over_a_damaged_checkpoint(train_hard, uninterrupted, tmp_path):
-    shutil.copytree(uninterrupted.folder, tmp_path, dirs_exist_ok=True)
-    for step in (18, 19, 20):
-        os.truncate(list_checkpoints(tmp_path)[step], 1000)
-    assert train_hard(tmp_path, "resume=auto").losses == uninterrupted.losses[34:]
-    assert equal(states(tmp_path), states(uninterrupted.folder))
-
-
-def test_a_run_of_epochs_resumes_inside_one(train_hard, tmp_path):
-    epochs = ["trainer.max_steps=-1", "trainer.max_epochs=2", "+trainer.limit_train_batches=9"]
-    shares = ["evolution.diversify=0.2", "evolution.harden=0.8"]
-    lengths = ["evolution.temperature.length=0.5", "evolution.noise.length=0.5", "trainer.val_check_interval=4"]
-    whole = train_hard(tmp_path / "whole", *epochs, *shares, *lengths)
-    paths = list_checkpoints(whole.folder)
-    assert len(whole.losses) == 18
-    assert list(paths) == list(range(1, 11))  # five steps an epoch, the fifth of one batch
-    for step, batches_left in ((2, 14), (5, 9), (7, 5)):  # each resumes the one before
-        part = train_hard(tmp_path / f"from_{step}", *epochs, *shares, *lengths, f"ckpt_path={paths[step]}")
-        assert part.losses == whole.losses[-batches_left:]
-        assert equal(states(part.folder), states(whole.folder))
-        paths = list_checkpoints(part.folder)
-
-
-def test_a_file_that_is_no_checkpoint_is_refused_by_name(train, tmp_path):
-    file = tmp_path / "notes.ckpt"
-    file.write_text("notes")
-    with pytest.raises(ConfigError, match=r"notes\.ckpt has no notes\.ckpt\.sha256 beside it"):
-        train(tmp_path, *PLAIN, f"ckpt_path={file}")
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    file.with_name("notes.ckpt.sha256").write_text(f"{digest}  notes.ckpt\n")
-    with pytest.raises(ConfigError, match=r"notes\.ckpt holds content that cannot be read"):
-        train(tmp_path, *PLAIN, f"ckpt_path={file}")
-
-
-def test_a_checkpoint_of_other_data_is_refused(train, uninterrupted, tmp_path):
-    (tmp_path / "other.txt").write_text("Another text, that has nothing to do with the first one.\n" * 500)
-    start = newest_checkpoint(uninterrupted.folder)
-    files = [f"data.{split}={tmp_path / 'other.txt'}" for split in ("train", "val", "test")]
-    with pytest.raises(ConfigError, match="the checkpoint was trained on other data"):
-        train(tmp_path, *PLAIN, *files, f"ckpt_path={start}")
 
 
 # -- where a checkpoint is --------------------------------------------------------------------------------------------

@@ -13,15 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.programs import PATIENCE, ROOT, Program, call, equal, launch
+from helpers.programs import PATIENCE, ROOT, Program, call, equal, launch, load
 
-from evomoe.checkpointing import list_checkpoints, newest_checkpoint
-
-
-def load(folder: Path) -> dict:
-    path = newest_checkpoint(folder)
-    assert path is not None
-    return torch.load(path, weights_only=True)
+from evomoe.checkpointing import list_checkpoints
 
 
 @pytest.fixture(scope="module")

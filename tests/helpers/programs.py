@@ -18,8 +18,10 @@ import os
 import runpy
 import sys
 import textwrap
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hydra
@@ -28,8 +30,13 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
+from evomoe import run
+from evomoe.checkpointing import newest_checkpoint
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
+PLAIN = ["callbacks=minimal", "logger=none", "test=false"]
+HARD = ["model.dropout=0.1", "model.attention_dropout=0.1", "trainer.accumulate_grad_batches=2"]
 PATIENCE = 120.0  # seconds that a program may take on a busy machine
 
 
@@ -69,6 +76,14 @@ def compose(*overrides: str, config: str = "train", run_dir: Path | None = None)
         if run_dir is not None:
             overrides = (*overrides, f"paths.run_dir={run_dir}")
         return hydra.compose(config, overrides=list(overrides))
+
+
+def train(folder: Path, *overrides: str) -> tuple[dict[str, float], SimpleNamespace]:
+    """Train in ``folder`` and in this process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        values, objects = run.train(compose(*overrides, run_dir=folder))
+    return values, SimpleNamespace(**objects)
 
 
 @dataclass(frozen=True)
@@ -152,6 +167,13 @@ class KeepLosses(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.seen.append(outputs["loss"].item())
+
+
+def load(run_dir: Path) -> dict[str, Any]:
+    """The last whole checkpoint of a run, read as anyone would who does not trust it."""
+    path = newest_checkpoint(run_dir)
+    assert path is not None
+    return torch.load(path, weights_only=True)
 
 
 def equal(first: Any, second: Any) -> bool:

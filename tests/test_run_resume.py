@@ -1,0 +1,105 @@
+"""Runs that go on from a checkpoint, inside this process; tests/cli/test_kills.py kills real ones."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from helpers.programs import HARD, PLAIN, KeepLosses, equal, load
+
+from evomoe.checkpointing import list_checkpoints, newest_checkpoint
+from evomoe.errors import ConfigError
+
+
+def states(folder: Path) -> dict:
+    """All that the last checkpoint holds, but for the names of its run."""
+    checkpoint = load(folder)
+    del checkpoint["evomoe"]
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def train_hard(train):
+    """Trains with dropout and accumulation, 20 steps of two batches in phases of 4, 8 and 8; keeps all checkpoints."""
+
+    def train_hard(folder: Path, *overrides: str) -> SimpleNamespace:
+        plan = [
+            "evolution.diversify=4",
+            "evolution.harden=12",
+            "evolution.temperature.length=6",
+            "evolution.noise.length=8",
+        ]
+        saves = [
+            "callbacks.checkpoint.every_n_steps=1",
+            "+callbacks.checkpoint.keep_last=99",
+            "trainer.val_check_interval=6",
+        ]
+        keep = "+callbacks.losses._target_=helpers.programs.KeepLosses"
+        values, objects = train(folder, *PLAIN, *HARD, *plan, *saves, keep, *overrides)
+        (losses,) = (callback.seen for callback in objects.callbacks if isinstance(callback, KeepLosses))
+        return SimpleNamespace(folder=folder, values=values, losses=losses)
+
+    return train_hard
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(train_hard, tmp_path_factory) -> SimpleNamespace:
+    return train_hard(tmp_path_factory.mktemp("uninterrupted"))
+
+
+@pytest.mark.parametrize("step", [2, 4, 5, 12, 17], ids=["diversify", "spawn", "sparsify", "harden", "hardened"])
+def test_a_resumed_run_ends_as_if_it_had_not_stopped(train_hard, uninterrupted, tmp_path, step):
+    resumed = train_hard(tmp_path, f"ckpt_path={list_checkpoints(uninterrupted.folder)[step]}")
+    assert resumed.losses == uninterrupted.losses[2 * step :]
+    assert resumed.values == uninterrupted.values
+    assert equal(states(tmp_path), states(uninterrupted.folder))
+
+
+def test_resume_auto_begins_where_there_is_nothing_to_resume(train_hard, uninterrupted, tmp_path):
+    assert train_hard(tmp_path, "resume=auto").losses == uninterrupted.losses
+
+
+def test_resume_auto_passes_over_a_damaged_checkpoint(train_hard, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted.folder, tmp_path, dirs_exist_ok=True)
+    for step in (18, 19, 20):
+        os.truncate(list_checkpoints(tmp_path)[step], 1000)
+    assert train_hard(tmp_path, "resume=auto").losses == uninterrupted.losses[34:]
+    assert equal(states(tmp_path), states(uninterrupted.folder))
+
+
+def test_a_run_of_epochs_resumes_inside_one(train_hard, tmp_path):
+    epochs = ["trainer.max_steps=-1", "trainer.max_epochs=2", "+trainer.limit_train_batches=9"]
+    shares = ["evolution.diversify=0.2", "evolution.harden=0.8"]
+    lengths = ["evolution.temperature.length=0.5", "evolution.noise.length=0.5", "trainer.val_check_interval=4"]
+    whole = train_hard(tmp_path / "whole", *epochs, *shares, *lengths)
+    paths = list_checkpoints(whole.folder)
+    assert len(whole.losses) == 18
+    assert list(paths) == list(range(1, 11))  # five steps an epoch, the fifth of one batch
+    for step, batches_left in ((2, 14), (5, 9), (7, 5)):  # each resumes the one before
+        part = train_hard(tmp_path / f"from_{step}", *epochs, *shares, *lengths, f"ckpt_path={paths[step]}")
+        assert part.losses == whole.losses[-batches_left:]
+        assert equal(states(part.folder), states(whole.folder))
+        paths = list_checkpoints(part.folder)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused_by_name(train, tmp_path):
+    file = tmp_path / "notes.ckpt"
+    file.write_text("notes")
+    with pytest.raises(ConfigError, match=r"notes\.ckpt has no notes\.ckpt\.sha256 beside it"):
+        train(tmp_path, *PLAIN, f"ckpt_path={file}")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    file.with_name("notes.ckpt.sha256").write_text(f"{digest}  notes.ckpt\n")
+    with pytest.raises(ConfigError, match=r"notes\.ckpt holds content that cannot be read"):
+        train(tmp_path, *PLAIN, f"ckpt_path={file}")
+
+
+def test_a_checkpoint_of_other_data_is_refused(train, uninterrupted, tmp_path):
+    (tmp_path / "other.txt").write_text("Another text, that has nothing to do with the first one.\n" * 500)
+    start = newest_checkpoint(uninterrupted.folder)
+    files = [f"data.{split}={tmp_path / 'other.txt'}" for split in ("train", "val", "test")]
+    with pytest.raises(ConfigError, match="the checkpoint was trained on other data"):
+        train(tmp_path, *PLAIN, *files, f"ckpt_path={start}")

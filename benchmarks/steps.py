@@ -33,7 +33,6 @@ from evomoe.callbacks import (
 from evomoe.cli import instantiate
 from evomoe.routing import Routing
 from evomoe.tasks import LanguageModeling, Optimization
-from evomoe.tasks.language_modeling import sum_losses
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 VOCABULARY = 4096
@@ -114,9 +113,10 @@ def bare_step(
     with torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.precision == "bf16"):
         logits, routings = task.model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-        for name, value in sum_losses(routings).items():
-            if task.loss_coefficients.get(name):
-                loss = loss + task.loss_coefficients[name] * value
+        for routing in routings:
+            for name, value in routing.losses.items():
+                if task.loss_coefficients.get(name):
+                    loss = loss + task.loss_coefficients[name] * value
     loss.backward()
     nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
     optimizer.step()

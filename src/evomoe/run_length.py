@@ -31,3 +31,23 @@ def total_steps(trainer: L.Trainer) -> int:
     batches = min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)
     steps = math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+
+
+def to_steps(name: str, value: int | float, total: int) -> int:
+    """Optimizer steps (int), or a share of a run (float in [0, 1]), as optimizer steps.
+
+    Args:
+        name: of the option, for the message.
+        value: steps or share.
+        total: optimizer steps of the run.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(value, int):
+        if value < 0:
+            raise ConfigError(f"{name}={value}: expected a number of steps >= 0 or a share of the run in [0, 1]")
+        return value
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{name}={value}: a share of the run must be in [0, 1]; write whole steps without a point")
+    return max(round(value * total), int(value > 0))  # however short the run, no phase that was asked for vanishes

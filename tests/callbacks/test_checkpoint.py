@@ -318,8 +318,8 @@ def test_a_second_signal_stops_at_once_and_saves_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_a_run_ends_with_the_same_weights(tmp_path):
-    arguments = ("--max-steps", "60")
-    whole, _ = fit(tmp_path / "whole", max_steps=60)
+    arguments = ("--max-steps", "240")  # longer than three lives of the window below, on a fast machine too
+    whole, _ = fit(tmp_path / "whole", max_steps=240)
     run_dir = tmp_path / "killed"
     status, output, kills = kill_and_resume(
         [*SCRIPT, str(run_dir), *arguments, "--resume", "auto"], run_dir / "checkpoints", kills=3, window=0.3

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.flops import flop_counter
-from routing.registry import ROWS
+from routing.registry import ROWS, VOCABULARY
 from torch import Tensor, nn
 
 from evomoe.errors import ConfigError
@@ -26,6 +26,8 @@ every_row = pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row
 every_mode = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 every_backend = pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
 
+TOKEN_IDS = torch.randint(VOCABULARY, (B, S), generator=torch.Generator().manual_seed(3))
+PREVIOUS_IDS = F.pad(TOKEN_IDS[:, :-1], (1, 0), value=-1)
 VALID = torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [False] * 5])
 
 
@@ -58,9 +60,21 @@ def oracle(layer: MoELayer, hidden: Tensor, valid: Tensor | None, seed: int) -> 
     torch.manual_seed(seed)
     flat = hidden.flatten(0, 1)
     flat_valid = None if valid is None else valid.flatten()
-    dense = layer.router(RoutingInput(hidden=flat, batch=B, sequence=S, valid=flat_valid)).to_dense()
+    inputs = RoutingInput(
+        hidden=flat,
+        batch=B,
+        sequence=S,
+        token_ids=TOKEN_IDS.flatten(),
+        previous_ids=PREVIOUS_IDS.flatten(),
+        valid=flat_valid,
+    )
+    routing = layer.router(inputs)
+    dense = routing.to_dense()
     outputs = torch.stack([feed_forward(layer, expert, flat) for expert in range(E)])  # (E, T, D)
-    return torch.einsum("te,etd->td", dense, outputs).view_as(hidden), dense
+    mixed = torch.einsum("te,etd->td", dense, outputs)
+    if routing.bypass is not None:
+        mixed = mixed + routing.bypass
+    return mixed.view_as(hidden), dense
 
 
 def gradients(layer: MoELayer, hidden: Tensor, output: Tensor) -> list[Tensor]:
@@ -77,7 +91,7 @@ def test_output_and_gradients_equal_the_dense_oracle(row, train, backend, valid)
     layer = make_row(row, backend).train(train)
     hidden = states().requires_grad_()
     torch.manual_seed(5)
-    output, routing = layer(hidden, valid=valid)
+    output, routing = layer(hidden, token_ids=TOKEN_IDS, previous_ids=PREVIOUS_IDS, valid=valid)
     expected, dense = oracle(layer, hidden, valid, seed=5)
     torch.testing.assert_close(routing.to_dense(), dense)
     torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
@@ -101,12 +115,20 @@ def test_experts_process_one_row_per_assignment(row, backend, valid):
     layer = make_row(row, backend)
     hidden = states()
     inputs = RoutingInput(
-        hidden=hidden.flatten(0, 1), batch=B, sequence=S, valid=None if valid is None else valid.flatten()
+        hidden=hidden.flatten(0, 1),
+        batch=B,
+        sequence=S,
+        token_ids=TOKEN_IDS.flatten(),
+        previous_ids=PREVIOUS_IDS.flatten(),
+        valid=None if valid is None else valid.flatten(),
     )
     seen: list[SparseRouting] = []
+    torch.manual_seed(5)
     gate = matrix_flops(lambda: layer.router(inputs))
     torch.manual_seed(5)
-    total = matrix_flops(lambda: seen.append(layer(hidden, valid=valid)[1]))
+    total = matrix_flops(
+        lambda: seen.append(layer(hidden, token_ids=TOKEN_IDS, previous_ids=PREVIOUS_IDS, valid=valid)[1])
+    )
     of_one_row = 2 * (D * H + H * D)
     assert (total - gate) / of_one_row == seen[0].tokens_per_expert.sum().item() > 0
 

@@ -10,16 +10,20 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evomoe.routing import DenseMoE, DTSGate, ForcedBalance, Router, ScheduleValues, Switch, TopK
 
 ALL = sys.maxsize
 """Every expert, in ``experts_per_token``."""
+
+
+VOCABULARY = 50
+"""Token ids in the suites are below it."""
 
 
 def set_linear_gate(router: Router, logits: Tensor) -> Tensor:
@@ -43,9 +47,15 @@ class Row:
         balanced_losses: value of each loss for a balanced batch, whose tokens have the same logits up to a rotation of
             the experts. Called with the logits of one token in falling order, ``(E,)``.
         inert_losses: losses without any gradient at these options.
-        set_logits: makes the gate return given logits, see ``set_linear_gate``.
+        set_logits: makes the gate return given logits, see ``set_linear_gate``; None for a router without logits.
         permutes_experts: whether renaming the experts renames the routing and changes nothing else.
         permutes_tokens: whether a token's routing depends on its own state only.
+        probabilities: whether a token's scores are non-negative and sum to 1.
+        largest_weight: bound of the sum of a token's weights.
+        weight_alone: weight of a token's assignment to the only expert there is; None where it depends on the token.
+        null_experts: number of further columns of the scores, for experts without computation.
+        teaches: the parameters that a signal teaches, where these are not all of the router's: by the name of a loss,
+            or ``"weights"`` for the combine weights.
     """
 
     id: str
@@ -56,9 +66,14 @@ class Row:
     min_experts: int = 1
     balanced_losses: dict[str, Callable[[Tensor], float | Tensor]] = field(default_factory=dict)
     inert_losses: tuple[str, ...] = ()
-    set_logits: Callable[[Router, Tensor], Tensor] = set_linear_gate
+    set_logits: Callable[[Router, Tensor], Tensor] | None = set_linear_gate
     permutes_experts: bool = True
     permutes_tokens: bool = True
+    probabilities: bool = True
+    largest_weight: float = 1.0
+    weight_alone: float | None = 1.0
+    null_experts: int = 0
+    teaches: dict[str, Callable[[Router], Sequence[nn.Parameter]]] = field(default_factory=dict)
 
     def build(self, d_model: int, num_experts: int, seed: int = 0) -> Router:
         """The router of this row, its parameters drawn from ``seed``."""
@@ -71,6 +86,10 @@ class Row:
         """Fewest and most experts that a token asks for, of ``num_experts``."""
         least, most = self.experts_per_token
         return min(least, num_experts), min(most, num_experts)
+
+    def taught(self, router: Router, signal: str) -> list[nn.Parameter]:
+        """The parameters that a loss by this name, or the weights, must reach."""
+        return list(self.teaches[signal](router) if signal in self.teaches else router.parameters())
 
 
 def one(logits: Tensor) -> float:

@@ -9,12 +9,13 @@ import importlib
 import io
 import math
 import pkgutil
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from routing.registry import ROWS, Row
+from routing.registry import ROWS, VOCABULARY, Row
 from torch import Tensor
 
 import evomoe.routing
@@ -26,6 +27,10 @@ T = BATCH * SEQUENCE
 
 every_row = pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in ROWS])
 every_mode = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+every_loss_of_logits = pytest.mark.parametrize(
+    ("row", "name"),
+    [pytest.param(row, name, id=f"{row.id}-{name}") for row in ROWS if row.set_logits for name in row.balanced_losses],
+)
 every_loss = pytest.mark.parametrize(
     ("row", "name"), [pytest.param(row, name, id=f"{row.id}-{name}") for row in ROWS for name in row.balanced_losses]
 )
@@ -50,13 +55,15 @@ def route(
 ) -> SparseRouting:
     """Route ``hidden (T, D)``; the token ids are a function of the states, so that they change together."""
     torch.manual_seed(seed)
-    token_ids = (hidden.float().sum(dim=1) * 1000).long() % 50
+    token_ids = (hidden.float().sum(dim=1) * 1000).long() % VOCABULARY
+    previous_ids = torch.nn.functional.pad(token_ids.view(batch, -1)[:, :-1], (1, 0), value=-1)
     return router(
         RoutingInput(
             hidden=hidden,
             batch=batch,
             sequence=hidden.shape[0] // batch,
             token_ids=token_ids,
+            previous_ids=previous_ids.flatten(),
             valid=valid,
             final_rule=final_rule,
         )
@@ -65,7 +72,7 @@ def route(
 
 def chosen(routing: SparseRouting) -> Tensor:
     """The assignments as a bool matrix, ``(T, E)``."""
-    mask = torch.zeros(routing.scores.shape, dtype=torch.bool)
+    mask = torch.zeros(routing.to_dense().shape, dtype=torch.bool)
     mask[routing.token, routing.expert] = True
     return mask
 
@@ -76,6 +83,9 @@ def assert_same(first: SparseRouting, second: SparseRouting) -> None:
     torch.testing.assert_close(first.scores, second.scores)
     assert torch.equal(first.num_tokens, second.num_tokens)
     assert torch.equal(first.dropped, second.dropped)
+    assert (first.bypass is None) == (second.bypass is None)
+    if first.bypass is not None:
+        torch.testing.assert_close(first.bypass.float(), second.bypass.float(), atol=0.02, rtol=0.02)  # perhaps bf16
     assert_same_losses(first, second)
 
 
@@ -115,19 +125,30 @@ def assert_contract(row: Row, router: Router, routing: SparseRouting, valid: Ten
     assert weight.dtype == routing.scores.dtype == torch.float32
     assert weight.isfinite().all()
     assert (weight >= 0).all()
-    assert (routing.to_dense().sum(dim=1) <= 1 + 1e-5).all()
-    assert routing.scores.shape == (tokens, experts)
-    torch.testing.assert_close(routing.scores.sum(dim=1), valid.float())
+    assert (routing.to_dense().sum(dim=1) <= row.largest_weight + 1e-5).all()
+    assert routing.scores.shape == (tokens, experts + row.null_experts)
+    assert routing.scores.isfinite().all()
+    assert torch.equal(routing.scores[~valid], torch.zeros_like(routing.scores[~valid]))
+    if row.probabilities:
+        assert (routing.scores >= 0).all()
+        torch.testing.assert_close(routing.scores.sum(dim=1), valid.float())
 
     dense = routing.to_dense()
     assert torch.equal(dense[token, expert], weight)
     assert int(dense.count_nonzero()) == int(weight.count_nonzero())
 
     assert tuple(routing.losses) == router.loss_names == tuple(row.balanced_losses)
-    for loss in routing.losses.values():
-        assert loss.shape == ()
-        assert loss.dtype == torch.float32
-        assert loss.isfinite()
+    for scalar in (*routing.losses.values(), *routing.metrics.values()):
+        assert scalar.shape == ()
+        assert scalar.isfinite()
+    assert all(loss.dtype == torch.float32 for loss in routing.losses.values())
+    assert not any(metric.requires_grad for metric in routing.metrics.values())
+    assert (routing.balance is None) == ("balance" not in routing.losses)
+    if routing.balance is not None:
+        torch.testing.assert_close(routing.balance.loss(), routing.losses["balance"])
+    if routing.bypass is not None:
+        assert routing.bypass.shape[0] == tokens
+        assert torch.equal(routing.bypass[~valid], torch.zeros_like(routing.bypass[~valid]))
 
 
 def test_every_router_of_the_package_has_a_row():
@@ -142,6 +163,13 @@ def test_every_router_of_the_package_has_a_row():
     assert {item for item in exported if isinstance(item, type) and issubclass(item, Router)} - {Router} <= routers
     assert {type(row.build(D, E)) for row in ROWS} == routers
     assert len({row.id for row in ROWS}) == len(ROWS)
+
+
+def gradients_of(total: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    """Zero where ``total`` does not depend on an input."""
+    if not (inputs and total.requires_grad):
+        return [torch.zeros_like(item) for item in inputs]
+    return list(torch.autograd.grad(total, inputs, materialize_grads=True))
 
 
 # Every size, every kind of batch
@@ -165,8 +193,7 @@ def test_contract(row, batch, sequence, experts, train, final_rule, padding, see
     valid = torch.rand(batch * sequence, generator=torch.Generator().manual_seed(seed)) < share
     routing = route(router, hidden, batch=batch, valid=None if padding == "none" else valid, final_rule=final_rule)
     if final_rule and router.rules_differ:
-        final = Row(id=row.id, factory=row.factory, experts_per_token=(1, 1), balanced_losses=row.balanced_losses)
-        assert_contract(final, router, routing, valid)
+        assert_contract(replace(row, experts_per_token=(1, 1)), router, routing, valid)
     else:
         assert_contract(row, router, routing, valid)
 
@@ -181,11 +208,14 @@ def test_fewer_tokens_than_experts(row, train):
 
 @rows_where(lambda row: row.min_experts == 1)
 @every_mode
-def test_one_expert_gets_every_token_with_weight_one(row, train):
+def test_the_only_expert(row, train):
     router = row.build(D, 1).train(train)
     routing = route(router, draw(T, D), batch=BATCH)
-    assert torch.equal(routing.token, torch.arange(T))
-    assert torch.equal(routing.weight, torch.ones(T))
+    assert_contract(row, router, routing, torch.ones(T, dtype=torch.bool))
+    if row.experts_per_token[0] > 0:
+        assert torch.equal(routing.token, torch.arange(T))
+    if row.weight_alone is not None:
+        torch.testing.assert_close(routing.weight, torch.full(routing.weight.shape, row.weight_alone))
 
 
 @every_row
@@ -194,11 +224,10 @@ def test_all_padding(row, train):
     router = row.build(D, E).train(train)
     routing = route(router, draw(T, D), batch=BATCH, valid=torch.zeros(T, dtype=torch.bool))
     assert routing.token.numel() == 0
-    assert torch.equal(routing.scores, torch.zeros(T, E))
+    assert torch.equal(routing.scores, torch.zeros(T, E + row.null_experts))
     assert all(loss.item() == 0 for loss in routing.losses.values())
-    total = routing.weight.sum() + sum(routing.losses.values())
-    gradients = torch.autograd.grad(total, list(router.parameters()))
-    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
+    for gradient in gradients_of(routing.weight.sum() + sum(routing.losses.values()), list(router.parameters())):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
 @every_row
@@ -244,7 +273,9 @@ def test_padding_receives_no_gradient(row):
     hidden = draw(T, D).requires_grad_()
     routing = route(router, hidden, batch=BATCH, valid=valid)
     total = (routing.weight * draw(routing.weight.numel(), seed=1)).sum() + sum(routing.losses.values())
-    (gradient,) = torch.autograd.grad(total, hidden)
+    if routing.bypass is not None:
+        total = total + (routing.bypass * draw(T, D, seed=2)).sum()
+    (gradient,) = gradients_of(total, [hidden])
     assert torch.equal(gradient[~valid], torch.zeros_like(gradient[~valid]))
 
 
@@ -282,7 +313,7 @@ def test_causality_is_as_declared(row, train):
 # Equivariance
 
 
-@rows_where(lambda row: row.permutes_experts)
+@rows_where(lambda row: row.permutes_experts and row.set_logits)
 @pytest.mark.parametrize("final_rule", [False, True])
 def test_renaming_the_experts_renames_the_routing(row, final_rule):
     router, renamed = row.build(T, E).eval(), row.build(T, E).eval()
@@ -291,7 +322,8 @@ def test_renaming_the_experts_renames_the_routing(row, final_rule):
     second = route(renamed, row.set_logits(renamed, logits[:, order]), batch=BATCH, final_rule=final_rule)
     assert torch.equal(chosen(first)[:, order], chosen(second))
     torch.testing.assert_close(first.to_dense()[:, order], second.to_dense())
-    torch.testing.assert_close(first.scores[:, order], second.scores)
+    torch.testing.assert_close(first.scores[:, order], second.scores[:, :E])
+    torch.testing.assert_close(first.scores[:, E:], second.scores[:, E:])
     assert_same_losses(first, second)
 
 
@@ -309,14 +341,26 @@ def test_reordering_the_tokens_reorders_the_routing(row, final_rule):
 # Gradients and losses
 
 
+def assert_teaches(row: Row, router: Router, total: Tensor, signal: str, least: float) -> None:
+    """Gradients of ``total`` reach the parameters that the row declares for ``signal``, and no others."""
+    taught = {id(parameter) for parameter in row.taught(router, signal)}
+    parameters = dict(router.named_parameters())
+    for (name, parameter), gradient in zip(
+        parameters.items(), gradients_of(total, list(parameters.values())), strict=True
+    ):
+        assert gradient.isfinite().all()
+        largest = float(gradient.abs().max())
+        assert largest > least if id(parameter) in taught else largest < 1e-6, name
+
+
 @every_row
 def test_the_combine_weights_teach_the_gate(row):
     router = row.build(D, E)
     routing = route(router, draw(T, D), batch=BATCH)
-    gradients = torch.autograd.grad((routing.weight * draw(routing.weight.numel(), seed=1)).sum(), router.parameters())
-    for gradient in gradients:
-        assert gradient.isfinite().all()
-        assert float(gradient.abs().max()) > 1e-3
+    total = (routing.weight * draw(routing.weight.numel(), seed=1)).sum()
+    if routing.bypass is not None:
+        total = total + (routing.bypass * draw(T, D, seed=2)).sum()
+    assert_teaches(row, router, total, "weights", least=1e-3)
 
 
 @every_loss
@@ -324,14 +368,11 @@ def test_the_combine_weights_teach_the_gate(row):
 def test_each_loss_teaches_the_gate_unless_declared_inert(row, name, train):
     router = row.build(D, E).train(train)
     loss = route(router, draw(T, D), batch=BATCH).losses[name]
-    gradients = torch.autograd.grad(loss, router.parameters())
-    for gradient in gradients:
-        assert gradient.isfinite().all()
-        largest = float(gradient.abs().max())
-        assert largest < 1e-6 if name in row.inert_losses else largest > 1e-4
+    inert = replace(row, teaches={name: lambda _router: ()}) if name in row.inert_losses else row
+    assert_teaches(inert, router, loss, name, least=1e-4)
 
 
-@every_loss
+@every_loss_of_logits
 def test_value_of_each_loss_at_balance(row, name):
     falling = torch.tensor([2.0, 1.0, 0.0, -1.0])
     rotations = torch.stack([falling.roll(shift) for shift in range(E)])
@@ -341,7 +382,7 @@ def test_value_of_each_loss_at_balance(row, name):
     assert loss.item() == pytest.approx(float(row.balanced_losses[name](falling)), rel=1e-5)
 
 
-@rows_where(lambda row: "balance" in row.balanced_losses and "balance" not in row.inert_losses)
+@rows_where(lambda row: "balance" in row.balanced_losses and "balance" not in row.inert_losses and row.set_logits)
 def test_balance_loss_pushes_down_the_overloaded_expert(row):
     logits = 0.1 * draw(T, E)
     logits[:, 1] += torch.linspace(0.5, 3, T)  # expert 1 is every token's first choice, by a small or a large margin
@@ -350,7 +391,7 @@ def test_balance_loss_pushes_down_the_overloaded_expert(row):
     before = route(router, hidden)
     before.losses["balance"].backward()
     with torch.no_grad():
-        for parameter in router.parameters():
+        for parameter in row.taught(router, "balance"):
             parameter -= 0.01 * parameter.grad / parameter.grad.abs().max()
     after = route(router, hidden)
     assert after.scores.mean(dim=0)[1].item() < before.scores.mean(dim=0)[1].item()
@@ -378,18 +419,18 @@ def test_fp32_under_autocast_and_for_bf16_states(row, train):
     assert_contract(row, router, routing, torch.ones(T, dtype=torch.bool))
 
 
-@every_row
+@rows_where(lambda row: row.set_logits)
 @every_mode
 @pytest.mark.parametrize("scale", [0.0, 1e4], ids=["ties", "huge_logits"])
 def test_extreme_logits(row, train, scale):
     router = row.build(T, E).train(train)
     routing = route(router, row.set_logits(router, scale * draw(T, E)), batch=BATCH)
     assert_contract(row, router, routing, torch.ones(T, dtype=torch.bool))
-    gradients = torch.autograd.grad(routing.weight.sum() + sum(routing.losses.values()), router.parameters())
-    assert all(gradient.isfinite().all() for gradient in gradients)
+    total = routing.weight.sum() + sum(routing.losses.values())
+    assert all(gradient.isfinite().all() for gradient in gradients_of(total, list(router.parameters())))
 
 
-@every_row
+@rows_where(lambda row: row.set_logits)
 def test_ties_are_broken_the_same_way_every_time(row):
     router = row.build(T, E).eval()
     hidden = row.set_logits(router, torch.zeros(T, E))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,6 @@ from evomoe.errors import ConfigError
 from evomoe.models.gpt import GPT
 from evomoe.routing import DTSGate, ScheduleValues, Switch
 from evomoe.tasks import LanguageModeling, Optimization
-from evomoe.tasks.language_modeling import sum_losses
 
 VOCABULARY, CONTEXT = 32, 6
 BATCHES = [(6, 6), (4, 1), (0, 0), (2, 5)]  # real targets of each row: full, padded, padding throughout, padded
@@ -133,10 +133,14 @@ def test_the_balance_loss_reaches_the_router():
     assert (gradients[0] - gradients[1]).norm() > 0.01
 
 
-def test_losses_are_summed_over_layers_by_name():
-    _, routings = make_task(Switch).model(Windows().tokens[:, :-1])
-    assert sum_losses(routings)["z"] == routings[0].losses["z"] + routings[1].losses["z"]
-    assert sum_losses([]) == {}
+def test_losses_are_summed_over_the_layers_and_logged_as_their_mean():
+    task, logged = make_task(partial(Switch, jitter=0.0), loss_coefficients={"z": 0.5}), {}
+    task.log = lambda name, value, **_: logged.update({name: value.item()})
+    losses = task.training_step(first_batch(), 0)
+    of_layers = [routing.losses["z"].item() for routing in task.model(first_batch()["tokens"][:, :-1])[1]]
+    assert len(of_layers) == 2
+    assert losses["loss"].item() == pytest.approx(losses["task_loss"].item() + 0.5 * sum(of_layers))
+    assert logged["train/loss_z"] == pytest.approx(sum(of_layers) / 2)
 
 
 def test_what_callbacks_receive_holds_no_graph():
@@ -273,8 +277,12 @@ def test_a_run_without_end_is_refused():
 
 def test_an_infinite_auxiliary_loss_without_coefficient_poisons_nothing(monkeypatch):
     task = make_task(loss_coefficients={"balance": 0.0})
-    monkeypatch.setattr(
-        "evomoe.tasks.language_modeling.sum_losses", lambda _routings: {"balance": torch.tensor(math.inf)}
-    )
+    cross_entropy = task._cross_entropy
+
+    def poisoned(batch, final_rule=False):
+        total, count, routings = cross_entropy(batch, final_rule)
+        return total, count, [replace(routing, losses={"balance": torch.tensor(math.inf)}) for routing in routings]
+
+    monkeypatch.setattr(task, "_cross_entropy", poisoned)
     monkeypatch.setattr(task, "log", lambda *_, **__: None)
     assert task.training_step(first_batch(), 0)["loss"].isfinite()

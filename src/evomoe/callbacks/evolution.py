@@ -16,7 +16,7 @@ from torch import nn
 from evomoe.errors import ConfigError
 from evomoe.moe import MoELayer, Spawn, spawn_experts
 from evomoe.routing import Schedule, ScheduleValues
-from evomoe.run_length import total_steps
+from evomoe.run_length import to_steps, total_steps
 
 PHASES = ("diversify", "sparsify", "hardened")
 """Logged as ``evolution/phase`` by their index."""
@@ -138,8 +138,8 @@ class Evolution(L.Callback):
         Args:
             total: optimizer steps of the run.
         """
-        spawn_at = _to_steps("evolution.diversify", self.diversify, total)
-        harden_at = None if self.harden is None else _to_steps("evolution.harden", self.harden, total)
+        spawn_at = to_steps("evolution.diversify", self.diversify, total)
+        harden_at = None if self.harden is None else to_steps("evolution.harden", self.harden, total)
         if harden_at is not None and harden_at <= spawn_at:
             raise ConfigError(
                 f"evolution.harden={self.harden} is step {harden_at}, not after the spawn at step {spawn_at} "
@@ -162,7 +162,7 @@ class Evolution(L.Callback):
     def _schedule(self, name: str, decay: Decay | None, spawn_at: int, total: int) -> Schedule:
         if decay is None:
             return Schedule(1.0, 1.0, 0)
-        length = _to_steps(f"evolution.{name}.length", decay.length, total)
+        length = to_steps(f"evolution.{name}.length", decay.length, total)
         if spawn_at + length > max(total, 1):
             raise ConfigError(
                 f"evolution.{name}.length={decay.length} is {length} steps from the spawn at step {spawn_at}, past the "
@@ -271,13 +271,3 @@ def moe_layers(module: nn.Module) -> list[tuple[str, MoELayer]]:
         for name, layer in module.named_modules()
         if isinstance(layer, MoELayer)
     ]
-
-
-def _to_steps(name: str, value: int | float, total: int) -> int:
-    if isinstance(value, int):
-        if value < 0:
-            raise ConfigError(f"{name}={value}: expected a number of steps >= 0 or a share of the run in [0, 1]")
-        return value
-    if not 0 <= value <= 1:
-        raise ConfigError(f"{name}={value}: a share of the run must be in [0, 1]; write whole steps without a point")
-    return max(round(value * total), int(value > 0))  # however short the run, no phase that was asked for vanishes

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
@@ -103,6 +104,10 @@ class TextDataModule(LightningDataModule):
     def vocab_size(self) -> int:
         """Number of tokens that the tokenizer really has."""
         return self.tokenizer.vocab_size
+
+    def training_ids(self) -> np.ndarray:
+        """The token ids of the training split, memory-mapped, ``(N,)``."""
+        return self.store.tokens("train")[:]
 
     def units(self, split: str) -> dict[str, int]:
         """Return the counts that turn the mean loss of a split into perplexity per word or byte.

@@ -50,6 +50,7 @@ class KeyValueCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.capacity = capacity
         self.lengths = torch.zeros(batch, device=device, dtype=torch.long)
+        self.last_ids = torch.full((batch,), -1, device=device)
         # The longest row, kept on the host so that no step waits for the device to know how many keys to read.
         self.extent = 0
         self.positions = torch.zeros(batch, 0, device=device, dtype=torch.long)
@@ -82,6 +83,23 @@ class KeyValueCache:
         self.mask = None if first else torch.arange(self.extent, device=device) <= self.positions[:, None, :, None]
         return self.positions
 
+    def previous(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
+        """The id before each new token, -1 at the beginning of a row; called once per forward pass.
+
+        Args:
+            tokens: ids of the new tokens, ``(B, S)``.
+            valid: ``(B, S)`` bool, False at right padding; None means that every token is real.
+
+        Returns:
+            ``(B, S)``.
+        """
+        read = torch.cat([self.last_ids[:, None], tokens], dim=1)  # (B, 1 + S)
+        if valid is None:
+            self.last_ids = read[:, -1]
+        else:
+            self.last_ids = read.gather(1, valid.sum(dim=1, keepdim=True)).squeeze(1)
+        return read[:, :-1]
+
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new tokens' keys and values, each ``(B, heads, S, head_dim)``, in place.
 
@@ -100,7 +118,7 @@ class KeyValueCache:
         """Keep only these rows of the batch, in this order."""
         index = torch.tensor(rows, device=self.lengths.device)
         self.keys, self.values = self.keys[:, index], self.values[:, index]
-        self.lengths = self.lengths[index]
+        self.lengths, self.last_ids = self.lengths[index], self.last_ids[index]
         self.extent = int(self.lengths.max())
 
 
@@ -207,6 +225,8 @@ class DecoderBlock(nn.Module):
         hidden: Tensor,
         *,
         token_ids: Tensor,
+        previous_ids: Tensor | None = None,
+        previous_logits: Tensor | None = None,
         valid: Tensor | None = None,
         final_rule: bool = False,
         cache: KeyValueCache | None = None,
@@ -217,6 +237,8 @@ class DecoderBlock(nn.Module):
         Args:
             hidden: ``(B, S, D)``.
             token_ids: ``(B, S)``, for routers that route by word.
+            previous_ids: ``(B, S)``, the id before each token, -1 at the beginning of a sequence.
+            previous_logits: ``(B * S, E)`` of the MoE layer before this block.
             valid: ``(B, S)`` bool, False at right padding.
             final_rule: route by the final sparse rule.
             cache: keys and values of the past, updated in place.
@@ -229,7 +251,14 @@ class DecoderBlock(nn.Module):
         normed = self.feed_forward_norm(hidden)
         routing = None
         if isinstance(self.feed_forward, MoELayer):
-            update, routing = self.feed_forward(normed, token_ids=token_ids, valid=valid, final_rule=final_rule)
+            update, routing = self.feed_forward(
+                normed,
+                token_ids=token_ids,
+                previous_ids=previous_ids,
+                previous_logits=previous_logits,
+                valid=valid,
+                final_rule=final_rule,
+            )
         else:
             update = self.feed_forward(normed)
         return hidden + self.dropout(update), routing
@@ -251,14 +280,18 @@ class DecoderBlock(nn.Module):
         for linear in (self.attention.qkv, self.attention.output):
             if linear.bias is not None:
                 linear.bias.zero_()
-        experts = self.feed_forward.experts
-        for expert in range(experts.num_experts):
-            for key, parameter in experts.expert_parameters(expert).items():
-                if parameter.ndim == 1:
-                    parameter.zero_()
-                else:
-                    deviation = output_std if key == "w_out" else std
-                    draw_normal_(parameter, deviation, seed, f"{name}/expert_{expert}/{key}")
+        _init_experts(self.feed_forward.experts, seed, f"{name}/expert", std, output_std)
         if isinstance(self.feed_forward, MoELayer):
+            if self.feed_forward.shared is not None:
+                _init_experts(self.feed_forward.shared, seed, f"{name}/shared", std, output_std)
             with seeded(seed, f"{name}/router", self.attention.qkv.weight.device):
                 self.feed_forward.router.reset_parameters()
+
+
+def _init_experts(experts: Experts, seed: int, name: str, std: float, output_std: float) -> None:
+    for expert in range(experts.num_experts):
+        for key, parameter in experts.expert_parameters(expert).items():
+            if parameter.ndim == 1:
+                parameter.zero_()
+            else:
+                draw_normal_(parameter, output_std if key == "w_out" else std, seed, f"{name}_{expert}/{key}")

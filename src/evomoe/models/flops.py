@@ -37,6 +37,8 @@ def expert_flops(experts: Experts) -> int:
     return matrix_flops(experts.expert_parameters(0).values())
 
 
-def router_flops(layer: MoELayer) -> int:
-    """The router's matrices, as linear gates use them; none before the spawn, when no router runs."""
-    return 0 if layer.live_experts < layer.num_experts else matrix_flops(layer.router.parameters())
+def layer_flops(layer: MoELayer, active_experts: float) -> float:
+    """An MoE layer of which ``active_experts`` routed experts work for a token; no router runs before the spawn."""
+    router = 0 if layer.live_experts < layer.num_experts else layer.router.flops_per_token()
+    shared = 0 if layer.shared is None else expert_flops(layer.shared)
+    return router + shared + active_experts * expert_flops(layer.experts)

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from evomoe.errors import ConfigError
 from evomoe.models.blocks import DecoderBlock, FeedForward, KeyValueCache
-from evomoe.models.flops import attention_flops, expert_flops, matrix_flops, router_flops
+from evomoe.models.flops import attention_flops, expert_flops, layer_flops, matrix_flops
 from evomoe.models.initialization import draw_normal_
 from evomoe.moe.layer import MoELayer, RouterFactory
-from evomoe.routing import Router, Routing
+from evomoe.routing import Router, Routing, SparseRouting
 
 INIT_STD = 0.02
 VOCABULARY_MULTIPLE = 64
@@ -40,7 +40,11 @@ class GPT(nn.Module):
         d_model: width D.
         num_layers: blocks L.
         num_heads: attention heads; divides D.
-        d_ff: hidden width H of the feed-forwards and of each expert; None for 4 D.
+        d_ff: hidden width H of the feed-forwards; None for 4 D.
+        d_expert: hidden width of an expert; None for ``d_ff``. Fine-grained experts (DeepSeekMoE, arXiv 2401.06066)
+            have ``d_ff / m``, with m times the experts and m times the experts per token.
+        shared_experts: experts of an MoE layer that work for every token, see
+            :class:`~evomoe.moe.layer.MoELayer`.
         num_experts: experts E of an MoE layer.
         moe_every: block i (from 0) is MoE iff ``(i + 1) % moe_every == 0``; 0 for a dense model.
         router: factory of the routers, called with ``(d_model, num_experts)``; unused in a dense model.
@@ -64,6 +68,8 @@ class GPT(nn.Module):
         num_layers: int,
         num_heads: int,
         d_ff: int | None = None,
+        d_expert: int | None = None,
+        shared_experts: int = 0,
         num_experts: int = 8,
         moe_every: int = 2,
         router: RouterFactory | None = None,
@@ -77,6 +83,7 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         d_ff = 4 * d_model if d_ff is None else d_ff
+        d_expert = d_ff if d_expert is None else d_expert
         sizes = {
             "vocab_size": vocab_size,
             "context": context,
@@ -84,6 +91,7 @@ class GPT(nn.Module):
             "num_layers": num_layers,
             "num_heads": num_heads,
             "d_ff": d_ff,
+            "d_expert": d_expert,
         }
         for name, size in sizes.items():
             if size < 1:
@@ -116,7 +124,7 @@ class GPT(nn.Module):
             if moe_every and router is not None and (index + 1) % moe_every == 0:
                 feed_forward = MoELayer(
                     d_model,
-                    d_ff,
+                    d_expert,
                     num_experts,
                     router,
                     activation=activation,
@@ -124,6 +132,7 @@ class GPT(nn.Module):
                     backend=expert_backend,
                     init_std=INIT_STD,
                     output_std=self.output_std,
+                    shared_experts=shared_experts,
                 )
                 if not allow_future_leak:
                     refuse_future_leak(feed_forward.router)
@@ -181,13 +190,26 @@ class GPT(nn.Module):
         positions = torch.arange(sequence, device=tokens.device) if cache is None else cache.extend(sequence, valid)
         hidden = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))  # (B, S, D)
 
+        previous_ids = F.pad(tokens[:, :-1], (1, 0), value=-1) if cache is None else cache.previous(tokens, valid)
+
         routings: list[Routing] = []
+        previous_logits: Tensor | None = None
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for index, block in enumerate(self._decoder_blocks):
-            apply = partial(block, token_ids=tokens, valid=valid, final_rule=final_rule, cache=cache, layer=index)
+            apply = partial(
+                block,
+                token_ids=tokens,
+                previous_ids=previous_ids,
+                previous_logits=previous_logits,
+                valid=valid,
+                final_rule=final_rule,
+                cache=cache,
+                layer=index,
+            )
             hidden, routing = checkpoint(apply, hidden, use_reentrant=False) if recompute else apply(hidden)
             if routing is not None:
                 routings.append(routing)
+                previous_logits = routing.logits if isinstance(routing, SparseRouting) else None
 
         # Score the extra rows too, for aligned shapes, and let nobody see them.
         logits = F.linear(self.final_norm(hidden), self.token_embedding.weight)[..., : self.vocab_size]
@@ -241,7 +263,7 @@ class GPT(nn.Module):
             if isinstance(block.feed_forward, FeedForward):
                 total += expert_flops(block.feed_forward.experts)
         for layer, number in self._layers_with(active_experts):
-            total += router_flops(layer) + number * expert_flops(layer.experts)
+            total += layer_flops(layer, number)
         return total
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from evomoe.errors import ConfigError
 from evomoe.moe.experts import Experts
 from evomoe.routing import Router, Routing, RoutingInput, SoftRouting, SparseRouting
-from evomoe.routing.selection import count_tokens
+from evomoe.routing.selection import make_routing
 
 RouterFactory = Callable[[int, int], Router]
 """Called with ``(d_model, num_experts)``; for instance ``functools.partial(Switch, capacity_factor=1.25)``."""
@@ -35,6 +36,8 @@ class MoELayer(nn.Module):
         backend: expert kernel, see ``Experts``.
         init_std: standard deviation of the experts' weights.
         output_std: the same for their output matrices; None for ``init_std``.
+        shared_experts: experts that work for every token beside the routed ones, without a gate (DeepSeekMoE, arXiv
+            2401.06066, section 3.2); computed as one feed-forward of their joint width.
     """
 
     born: Tensor
@@ -51,22 +54,26 @@ class MoELayer(nn.Module):
         backend: str = "auto",
         init_std: float = 0.02,
         output_std: float | None = None,
+        shared_experts: int = 0,
     ) -> None:
         super().__init__()
         if num_experts < 1:
             raise ConfigError(f"num_experts={num_experts}: expected at least 1")
+        if shared_experts < 0:
+            raise ConfigError(f"shared_experts={shared_experts}: expected 0 or more")
         self.num_experts = num_experts
         self.router = router(d_model, num_experts)
-        self.experts = Experts(
-            num_experts,
-            d_model,
-            d_expert,
+        build = partial(
+            Experts,
+            d_model=d_model,
             activation=activation,
             bias=bias,
             backend=backend,
             init_std=init_std,
             output_std=output_std,
         )
+        self.experts = build(num_experts, d_expert=d_expert)
+        self.shared = build(1, d_expert=shared_experts * d_expert) if shared_experts else None
         self.register_buffer("born", torch.tensor(num_experts))
         self._live = num_experts  # the buffer's value as an int, so that a forward pass never waits for the device
 
@@ -91,6 +98,8 @@ class MoELayer(nn.Module):
         hidden: Tensor,
         *,
         token_ids: Tensor | None = None,
+        previous_ids: Tensor | None = None,
+        previous_logits: Tensor | None = None,
         valid: Tensor | None = None,
         final_rule: bool = False,
     ) -> tuple[Tensor, Routing]:
@@ -99,6 +108,8 @@ class MoELayer(nn.Module):
         Args:
             hidden: ``(B, S, D)``.
             token_ids: ``(B, S)``, for routers that read words.
+            previous_ids: ``(B, S)``, the id before each token, -1 at the beginning of a sequence.
+            previous_logits: ``(T, E)`` of the MoE layer before this one.
             valid: ``(B, S)`` bool, False at padding.
             final_rule: route by the final sparse rule instead of the training rule.
 
@@ -107,25 +118,29 @@ class MoELayer(nn.Module):
         """
         batch, sequence, width = hidden.shape
         flat = hidden.reshape(-1, width)  # (T, D)
-        flat_valid = None if valid is None else valid.reshape(-1)
-        if self._live < self.num_experts:
-            output, routing = self._grow(flat, flat_valid)
-            return output.view_as(hidden), routing
-        decision = self.router(
-            RoutingInput(
-                hidden=flat,
-                batch=batch,
-                sequence=sequence,
-                token_ids=None if token_ids is None else token_ids.reshape(-1),
-                valid=flat_valid,
-                final_rule=final_rule,
-            )
+        inputs = RoutingInput(
+            hidden=flat,
+            batch=batch,
+            sequence=sequence,
+            token_ids=None if token_ids is None else token_ids.reshape(-1),
+            previous_ids=None if previous_ids is None else previous_ids.reshape(-1),
+            previous_logits=previous_logits,
+            valid=None if valid is None else valid.reshape(-1),
+            final_rule=final_rule,
         )
-        if isinstance(decision, SoftRouting):
-            return self._mix_slots(flat, decision).view_as(hidden), decision
-        return self.experts.mix(flat, decision).view_as(hidden), decision
+        routing: Routing
+        if self._live < self.num_experts:
+            output, routing = self._grow(inputs)
+        else:
+            routing = self.router(inputs)
+            output = self._mix(flat, routing)
+        if self.shared is not None:
+            shared = self.shared.base(flat)
+            output = output + (shared if inputs.valid is None else shared * inputs.valid[:, None]).to(flat.dtype)
+        return output.view_as(hidden), routing
 
-    def _grow(self, flat: Tensor, valid: Tensor | None) -> tuple[Tensor, SparseRouting]:
+    def _grow(self, inputs: RoutingInput) -> tuple[Tensor, SparseRouting]:
+        flat, valid = inputs.hidden, inputs.valid
         if valid is None:
             token = torch.arange(flat.shape[0], device=flat.device)
             output = self.experts.base(flat)
@@ -136,17 +151,15 @@ class MoELayer(nn.Module):
         tokens_per_expert = torch.zeros(self.num_experts, dtype=torch.int64, device=flat.device)
         tokens_per_expert[0] = token.numel()
         scores = torch.zeros(flat.shape[0], self.num_experts, device=flat.device)
-        scores[token, 0] = 1
-        num_tokens = count_tokens(valid, flat)
-        routing = SparseRouting(
-            token=token,
-            weight=torch.ones(token.shape, device=flat.device),
-            tokens_per_expert=tokens_per_expert,
-            scores=scores,
-            num_tokens=num_tokens,
-            dropped=num_tokens.new_zeros(()),
-        )
-        return output.to(flat.dtype), routing
+        scores[:, 0] = 1
+        weight = torch.ones(token.shape, device=flat.device)
+        return output.to(flat.dtype), make_routing(inputs, (token, weight, tokens_per_expert), scores)
+
+    def _mix(self, flat: Tensor, routing: Routing) -> Tensor:
+        if isinstance(routing, SoftRouting):
+            return self._mix_slots(flat, routing)
+        output = self.experts.mix(flat, routing)
+        return output if routing.bypass is None else output + routing.bypass.to(output.dtype)
 
     def _mix_slots(self, flat: Tensor, routing: SoftRouting) -> Tensor:
         groups, size, num_experts, capacity = routing.dispatch.shape

@@ -1,6 +1,15 @@
 """Who goes where: the router contract and one file per published method. Needs torch only."""
 
-from evomoe.routing.contract import Router, Routing, RoutingInput, ScheduleValues, SoftRouting, SparseRouting
+from evomoe.routing.contract import (
+    Balance,
+    Router,
+    Routing,
+    RoutingInput,
+    ScheduleValues,
+    SoftRouting,
+    SparseRouting,
+    StepStatistics,
+)
 from evomoe.routing.dense import DenseMoE
 from evomoe.routing.dts import DTSGate
 from evomoe.routing.forced import ForcedBalance
@@ -9,6 +18,7 @@ from evomoe.routing.switch import Switch
 from evomoe.routing.topk import TopK
 
 __all__ = [
+    "Balance",
     "DTSGate",
     "DenseMoE",
     "ForcedBalance",
@@ -19,6 +29,7 @@ __all__ = [
     "ScheduleValues",
     "SoftRouting",
     "SparseRouting",
+    "StepStatistics",
     "Switch",
     "TopK",
 ]

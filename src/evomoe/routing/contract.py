@@ -21,6 +21,8 @@ class RoutingInput:
         batch: number of sequences.
         sequence: tokens per sequence.
         token_ids: vocabulary ids ``(T,)``, for routers that route by word.
+        previous_ids: the id before each token in its sequence ``(T,)``, -1 at the beginning of a sequence.
+        previous_logits: router logits ``(T, E)`` of the MoE layer before this one, None in the first.
         valid: ``(T,)`` bool, False at padding; None means that every token is real.
         final_rule: route by the final sparse rule instead of the training rule. Routers that have only one ignore it.
     """
@@ -29,8 +31,36 @@ class RoutingInput:
     batch: int
     sequence: int
     token_ids: Tensor | None = None
+    previous_ids: Tensor | None = None
+    previous_logits: Tensor | None = None
     valid: Tensor | None = None
     final_rule: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Balance:
+    """A balance loss ``sum_i price_i * load_i / tokens``: what the experts' load costs, without any coefficient.
+
+    The load has no gradient; the price has. As the loss is linear in the load, the same prices also give the loss of a
+    load that was counted over more than this batch (global-batch balance, arXiv 2501.11873).
+
+    Args:
+        price: of one assignment per token, ``(E',)`` fp32, differentiable; for Switch ``E * P_i``.
+        load: assignments that the router chose for each expert, ``(E',)``.
+        tokens: number of real tokens that were counted, a 0-dim tensor.
+    """
+
+    price: Tensor
+    load: Tensor
+    tokens: Tensor
+
+    def loss(self) -> Tensor:
+        """The loss, a 0-dim fp32 tensor; 0 for a batch without real tokens."""
+        return (self.price * (self.load.detach() / self.tokens.clamp(min=1))).sum()
+
+    def detach(self) -> Balance:
+        """The same cut from the autograd graph."""
+        return replace(self, price=self.price.detach())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +71,16 @@ class SparseRouting:
         token: index of the token of each assignment, ``(A,)``.
         weight: combine weight of each assignment, ``(A,)`` fp32, differentiable.
         tokens_per_expert: assignments of each expert, ``(E,)`` int64; sums to A.
-        scores: the router's probabilities ``(T, E)`` fp32, for metrics; zero rows at padding.
+        scores: the router's scores ``(T, E)`` fp32, for metrics; zero rows at padding. Further columns, where a router
+            has them, are those of experts without computation.
         num_tokens: number of real tokens, a 0-dim tensor.
         dropped: number of assignments that a capacity bound refused, a 0-dim tensor.
         losses: auxiliary losses by name, 0-dim fp32 tensors, not yet multiplied by any coefficient.
         wanted_per_expert: assignments of each expert before any capacity bound, ``(E,)``; None without a bound.
+        balance: the terms of ``losses["balance"]``, None for a router without that loss.
+        logits: ``(T, E)``, for a router of the next MoE layer that adds them to its own; None otherwise.
+        bypass: ``(T, D)``, what experts without computation add to the output; None without such experts.
+        metrics: further 0-dim tensors to log, by name.
     """
 
     token: Tensor
@@ -56,6 +91,10 @@ class SparseRouting:
     dropped: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
     wanted_per_expert: Tensor | None = None
+    balance: Balance | None = None
+    logits: Tensor | None = None
+    bypass: Tensor | None = None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def load(self) -> Tensor:
@@ -75,12 +114,19 @@ class SparseRouting:
 
     def detach(self) -> SparseRouting:
         """The same routing cut from the autograd graph."""
-        losses = {name: loss.detach() for name, loss in self.losses.items()}
-        return replace(self, weight=self.weight.detach(), scores=self.scores.detach(), losses=losses)
+        return replace(
+            self,
+            weight=self.weight.detach(),
+            scores=self.scores.detach(),
+            losses={name: loss.detach() for name, loss in self.losses.items()},
+            balance=None if self.balance is None else self.balance.detach(),
+            logits=None if self.logits is None else self.logits.detach(),
+            bypass=None if self.bypass is None else self.bypass.detach(),
+        )
 
     def to_dense(self) -> Tensor:
         """Combine weights as a dense ``(T, E)`` matrix: the oracle's view of the same routing."""
-        dense = self.scores.new_zeros(self.scores.shape)
+        dense = self.scores.new_zeros(self.scores.shape[0], self.tokens_per_expert.numel())
         return dense.index_put((self.token, self.expert), self.weight)
 
 
@@ -124,6 +170,21 @@ class ScheduleValues:
     hardened: bool = False
 
 
+@dataclass(frozen=True)
+class StepStatistics:
+    """What an optimizer step used, over all its micro-batches and processes.
+
+    Args:
+        load: assignments that this router chose for each expert, ``(E,)``.
+        tokens: number of real tokens, a 0-dim tensor.
+        active_experts: mean experts per real token over all MoE layers of the model, a 0-dim tensor.
+    """
+
+    load: Tensor
+    tokens: Tensor
+    active_experts: Tensor
+
+
 class Router(nn.Module, ABC):
     """Decides which experts work for which token, and with which weight; knows nothing of dispatch.
 
@@ -146,6 +207,12 @@ class Router(nn.Module, ABC):
     scheduled: bool = False
     """Whether :meth:`set_schedule` has an effect."""
 
+    reads_corpus: bool = False
+    """Whether :meth:`read_corpus` has an effect."""
+
+    adapts: bool = False
+    """Whether :meth:`after_optimizer_step` has an effect."""
+
     rules_differ: bool = False
     """Whether ``final_rule`` changes the routing at the present schedule values, so that both are worth evaluating."""
 
@@ -160,6 +227,20 @@ class Router(nn.Module, ABC):
 
     def set_schedule(self, values: ScheduleValues) -> None:
         """Receive the values of the schedule at the current optimizer step, before each training batch."""
+
+    def read_corpus(self, token_ids: Tensor) -> None:
+        """Look at the training text once, before a run begins.
+
+        Args:
+            token_ids: ids of running text ``(N,)``, the beginning of the training split.
+        """
+
+    def after_optimizer_step(self, statistics: StepStatistics) -> None:
+        """Update running state, once per optimizer step in which this router routed."""
+
+    def flops_per_token(self) -> int:
+        """FLOPs of the router's matrix products for one token, 2 per multiply-add."""
+        return sum(2 * parameter.numel() for parameter in self.parameters() if parameter.ndim == 2)
 
     def reset_parameters(self) -> None:
         """Draw the gate's initial parameters from the global random generator."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from evomoe.routing.contract import Router, RoutingInput, SparseRouting
 from evomoe.routing.gate import LinearGate
-from evomoe.routing.selection import assign_mask, count_tokens, mask_padding
+from evomoe.routing.selection import assign_mask, make_routing
 
 
 class DenseMoE(Router):
@@ -35,13 +35,4 @@ class DenseMoE(Router):
         everyone = torch.ones_like(scores, dtype=torch.bool)
         if inputs.valid is not None:
             everyone &= inputs.valid[:, None]
-        token, weight, tokens_per_expert = assign_mask(everyone, scores)
-        num_tokens = count_tokens(inputs.valid, inputs.hidden)
-        return SparseRouting(
-            token=token,
-            weight=weight,
-            tokens_per_expert=tokens_per_expert,
-            scores=mask_padding(scores, inputs.valid),
-            num_tokens=num_tokens,
-            dropped=num_tokens.new_zeros(()),
-        )
+        return make_routing(inputs, assign_mask(everyone, scores), scores)

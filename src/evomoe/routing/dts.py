@@ -11,8 +11,8 @@ from torch import Tensor
 from evomoe.errors import ConfigError
 from evomoe.routing.contract import Router, RoutingInput, ScheduleValues, SparseRouting
 from evomoe.routing.gate import LinearGate
-from evomoe.routing.losses import balance_loss
-from evomoe.routing.selection import assign_choices, assign_mask, check_top_k, count_tokens, mask_padding
+from evomoe.routing.losses import switch_balance
+from evomoe.routing.selection import assign_choices, assign_mask, check_top_k, make_routing, mask_padding
 
 WEIGHTS = ("noisy", "clean")
 
@@ -115,15 +115,12 @@ class DTSGate(Router):
         scores = F.softmax(noisy / self.temperature, dim=1)
         source = self.hardened_weights if final else self.weights
         weights = scores if source == "noisy" else F.softmax(logits, dim=1)
-
-        num_tokens = count_tokens(inputs.valid, inputs.hidden)
         if final:
             chosen = noisy.topk(self.final_top_k, dim=1).indices  # the order of the scores, which may underflow to ties
             weight = weights.gather(1, chosen)
             if self.renormalize:
                 weight = weight / weight.sum(dim=1, keepdim=True)
-            keep = None if inputs.valid is None else inputs.valid[:, None].expand_as(chosen)
-            token, weight, tokens_per_expert = assign_choices(chosen, weight, self.num_experts, keep)
+            assignments = assign_choices(chosen, weight, self.num_experts, inputs.valid)
         else:
             active = scores > self.threshold
             active.scatter_(1, noisy.argmax(dim=1, keepdim=True), True)
@@ -133,18 +130,12 @@ class DTSGate(Router):
                 combine = kept / kept.sum(dim=1, keepdim=True)
             if inputs.valid is not None:
                 active = active & inputs.valid[:, None]  # not in place: the backward pass of kept needs it
-            token, weight, tokens_per_expert = assign_mask(active, combine)
+            assignments = assign_mask(active, combine)
 
-        routing = SparseRouting(
-            token=token,
-            weight=weight,
-            tokens_per_expert=tokens_per_expert,
-            scores=mask_padding(scores, inputs.valid),
-            num_tokens=num_tokens,
-            dropped=num_tokens.new_zeros(()),
-        )
+        routing = make_routing(inputs, assignments, scores)
         balanced = routing.to_dense() if self.balance_probability == "kept" else mask_padding(weights, inputs.valid)
-        return replace(routing, losses={"balance": balance_loss(balanced, tokens_per_expert, num_tokens)})
+        balance = switch_balance(balanced, routing.load, routing.num_tokens)
+        return replace(routing, losses={"balance": balance.loss()}, balance=balance)
 
 
 def sample_gumbel(like: Tensor) -> Tensor:

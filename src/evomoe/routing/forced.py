@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from evomoe.routing.contract import Router, RoutingInput, SparseRouting
 from evomoe.routing.gate import LinearGate
-from evomoe.routing.selection import assign_choices, check_top_k, count_tokens, mask_padding
+from evomoe.routing.selection import assign_choices, check_top_k, make_routing
 
 
 class ForcedBalance(Router):
@@ -37,14 +37,5 @@ class ForcedBalance(Router):
         scores = F.softmax(self.gate(inputs.hidden), dim=1)  # (T, E)
         tokens = scores.shape[0]
         expert = torch.arange(tokens * self.top_k, device=scores.device).view(tokens, self.top_k) % self.num_experts
-        keep = None if inputs.valid is None else inputs.valid[:, None].expand_as(expert)
-        token, weight, tokens_per_expert = assign_choices(expert, scores.gather(1, expert), self.num_experts, keep)
-        num_tokens = count_tokens(inputs.valid, inputs.hidden)
-        return SparseRouting(
-            token=token,
-            weight=weight,
-            tokens_per_expert=tokens_per_expert,
-            scores=mask_padding(scores, inputs.valid),
-            num_tokens=num_tokens,
-            dropped=num_tokens.new_zeros(()),
-        )
+        assignments = assign_choices(expert, scores.gather(1, expert), self.num_experts, inputs.valid)
+        return make_routing(inputs, assignments, scores)

@@ -1,13 +1,14 @@
-"""Auxiliary losses of routers. Each returns a 0-dim fp32 tensor, without any coefficient."""
+"""Auxiliary losses of routers. Without any coefficient, which is the task's."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from evomoe.routing.contract import Balance
 from evomoe.routing.selection import mask_padding
 
 
-def balance_loss(probabilities: Tensor, tokens_per_expert: Tensor, num_tokens: Tensor, top_k: float = 1) -> Tensor:
+def switch_balance(probabilities: Tensor, load: Tensor, num_tokens: Tensor, top_k: float = 1) -> Balance:
     """``E * sum_i f_i P_i`` (Switch Transformer, arXiv 2101.03961, equations 4 to 6).
 
     The value is 1 whenever the load f or the probability P is uniform, for any number of choices per token, as the
@@ -15,14 +16,13 @@ def balance_loss(probabilities: Tensor, tokens_per_expert: Tensor, num_tokens: T
 
     Args:
         probabilities: ``(T, E)``, zero rows at padding.
-        tokens_per_expert: chosen assignments before any capacity bound, ``(E,)``.
+        load: chosen assignments before any capacity bound, ``(E,)``.
         num_tokens: number of real tokens.
         top_k: experts per token, by which the load is divided.
     """
     num_experts = probabilities.shape[1]
-    count = num_tokens.clamp(min=1)
-    load = tokens_per_expert.detach() / (count * top_k)  # (E,)
-    return num_experts * (load * (probabilities.sum(dim=0) / count)).sum()
+    price = probabilities.sum(dim=0) / num_tokens.clamp(min=1) * (num_experts / top_k)
+    return Balance(price=price, load=load, tokens=num_tokens)
 
 
 def z_loss(logits: Tensor, valid: Tensor | None, num_tokens: Tensor) -> Tensor:

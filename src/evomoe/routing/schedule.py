@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from evomoe.errors import ConfigError
 
-SHAPES = ("linear", "exponential", "cosine")
+SHAPES = ("linear", "exponential", "cosine", "step")
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Schedule:
         start: value at step 0.
         end: value from step ``length`` on.
         length: number of steps of the way; 0 means ``end`` at once.
-        shape: ``linear`` (the EvoMoE recipes), ``exponential`` (equal ratios; both ends above zero) or ``cosine``.
+        shape: ``linear`` (the EvoMoE recipes), ``exponential`` (equal ratios; both ends above zero), ``cosine``, or
+            ``step`` (``start`` until the end of the way).
     """
 
     start: float
@@ -42,6 +43,8 @@ class Schedule:
         step = max(step, 0)
         if step >= self.length:
             return self.end
+        if self.shape == "step":
+            return self.start
         progress = step / self.length
         if self.shape == "exponential":
             return self.start * (self.end / self.start) ** progress

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from evomoe.errors import ConfigError
+from evomoe.routing.contract import RoutingInput, SparseRouting
 
 Assignments = tuple[Tensor, Tensor, Tensor]
 """``token (A,)``, ``weight (A,)``, ``tokens_per_expert (E,)``: the first three fields of a ``SparseRouting``."""
@@ -34,13 +35,15 @@ def assign_choices(expert: Tensor, weight: Tensor, num_experts: int, keep: Tenso
         expert: chosen experts ``(T, K)``, distinct within a row.
         weight: combine weights ``(T, K)``.
         num_experts: number of experts E.
-        keep: ``(T, K)`` bool, False for choices that do not count (padding, capacity); None keeps all.
+        keep: ``(T, K)``, or ``(T,)`` for all choices of a token alike: False for what does not count (padding,
+            capacity); None keeps all.
     """
     top_k = expert.shape[1]
     flat_expert, flat_weight = expert.flatten(), weight.flatten()  # token-major: (T * K,)
     if keep is None:
         order = torch.argsort(flat_expert, stable=True)
     else:
+        keep = keep if keep.ndim == 2 else keep[:, None].expand_as(expert)
         kept = keep.flatten().nonzero(as_tuple=True)[0]
         order = kept[torch.argsort(flat_expert[kept], stable=True)]
     bounds = torch.searchsorted(flat_expert[order], torch.arange(num_experts + 1, device=expert.device))
@@ -77,6 +80,31 @@ def capacity_per_expert(num_tokens: Tensor, num_experts: int, top_k: int, factor
     """Places per expert, ``ceil(T * K / E * factor)`` over real tokens, as a 0-dim tensor (at least 1)."""
     places = num_tokens.double() * top_k * factor / num_experts
     return (places - 1e-9).ceil().clamp(min=1)  # 100 * 1.1 / 10 is 11 places, whatever the last bit says
+
+
+def make_routing(
+    inputs: RoutingInput, assignments: Assignments, scores: Tensor, wanted_per_expert: Tensor | None = None
+) -> SparseRouting:
+    """A routing of these assignments, its losses and metrics still to be added by ``dataclasses.replace``.
+
+    Args:
+        inputs: what was routed.
+        assignments: of real tokens only.
+        scores: ``(T, E)``; rows of padding become zero.
+        wanted_per_expert: assignments before a capacity bound, ``(E,)``; None without a bound.
+    """
+    token, weight, tokens_per_expert = assignments
+    num_tokens = count_tokens(inputs.valid, inputs.hidden)
+    dropped = num_tokens.new_zeros(()) if wanted_per_expert is None else wanted_per_expert.sum() - token.numel()
+    return SparseRouting(
+        token=token,
+        weight=weight,
+        tokens_per_expert=tokens_per_expert,
+        scores=mask_padding(scores, inputs.valid),
+        num_tokens=num_tokens,
+        dropped=dropped,
+        wanted_per_expert=wanted_per_expert,
+    )
 
 
 def count_tokens(valid: Tensor | None, hidden: Tensor) -> Tensor:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
 from evomoe.errors import ConfigError
 from evomoe.routing.contract import Router, RoutingInput, SparseRouting
 from evomoe.routing.gate import LinearGate
-from evomoe.routing.losses import balance_loss, z_loss
+from evomoe.routing.losses import switch_balance, z_loss
 from evomoe.routing.selection import (
     assign_choices,
     capacity_per_expert,
     check_capacity_factor,
     check_top_k,
     count_tokens,
-    mask_padding,
+    make_routing,
     within_capacity,
 )
 
@@ -97,26 +99,19 @@ class TopK(Router):
         if self.renormalize:
             weight = weight / weight.sum(dim=1, keepdim=True)
 
-        num_tokens = count_tokens(inputs.valid, inputs.hidden)
-        keep = None if inputs.valid is None else inputs.valid[:, None].expand_as(expert)
-        token, weight_kept, tokens_per_expert = assign_choices(expert, weight, self.num_experts, keep)
-        wanted = tokens_per_expert
+        assignments = assign_choices(expert, weight, self.num_experts, inputs.valid)
+        wanted = None
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         if factor is not None:
+            wanted = assignments[2]
+            num_tokens = count_tokens(inputs.valid, inputs.hidden)
             capacity = capacity_per_expert(num_tokens, self.num_experts, self.top_k, factor)
             keep = within_capacity(expert, capacity, inputs.valid, self.priority)
-            token, weight_kept, tokens_per_expert = assign_choices(expert, weight, self.num_experts, keep)
-        scores = mask_padding(probabilities, inputs.valid)
-        return SparseRouting(
-            token=token,
-            weight=weight_kept,
-            tokens_per_expert=tokens_per_expert,
-            scores=scores,
-            num_tokens=num_tokens,
-            dropped=wanted.sum() - tokens_per_expert.sum(),
-            wanted_per_expert=wanted,
-            losses={
-                "balance": balance_loss(scores, wanted, num_tokens, self.top_k),
-                "z": z_loss(logits, inputs.valid, num_tokens),
-            },
+            assignments = assign_choices(expert, weight, self.num_experts, keep)
+        routing = make_routing(inputs, assignments, probabilities, wanted)
+        balance = switch_balance(routing.scores, routing.load, routing.num_tokens, self.top_k)
+        return replace(
+            routing,
+            losses={"balance": balance.loss(), "z": z_loss(logits, inputs.valid, routing.num_tokens)},
+            balance=balance,
         )

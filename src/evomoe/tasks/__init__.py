@@ -1,6 +1,7 @@
 """One LightningModule per task."""
 
 from evomoe.tasks.language_modeling import LanguageModeling
+from evomoe.tasks.moe_task import Coefficient, MoETask
 from evomoe.tasks.optimization import Optimization
 
-__all__ = ["LanguageModeling", "Optimization"]
+__all__ = ["Coefficient", "LanguageModeling", "MoETask", "Optimization"]

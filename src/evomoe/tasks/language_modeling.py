@@ -9,23 +9,19 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import lightning as L
-import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import SumMetric
 
-from evomoe.errors import ConfigError
 from evomoe.models.gpt import GPT
 from evomoe.routing import Routing
-from evomoe.run_length import total_steps
+from evomoe.tasks.moe_task import Coefficient, MoETask
 from evomoe.tasks.optimization import Optimization
 
 NO_TARGET = -100
 
 
-class LanguageModeling(L.LightningModule):
+class LanguageModeling(MoETask):
     """Trains a :class:`GPT` on batches ``{"tokens": (B, S + 1)}``, and ``"valid": (B, S)`` where there is padding.
 
     The optimized loss is the mean cross-entropy plus, for every MoE layer, its auxiliary losses times their
@@ -36,24 +32,18 @@ class LanguageModeling(L.LightningModule):
     Args:
         model: the network.
         optimization: optimizer and learning-rate schedule.
-        loss_coefficients: factor of each auxiliary loss by its name; losses that are not named count with 0.
+        loss_coefficients: factor of each auxiliary loss by its name, see :class:`MoETask`.
+        balance_scope: ``local`` or ``global``, see :class:`MoETask`.
     """
 
     def __init__(
-        self, model: GPT, optimization: Optimization, loss_coefficients: Mapping[str, float] | None = None
+        self,
+        model: GPT,
+        optimization: Optimization,
+        loss_coefficients: Mapping[str, float | Coefficient] | None = None,
+        balance_scope: str = "local",
     ) -> None:
-        super().__init__()
-        self.model = model
-        self.optimization = optimization
-        self.loss_coefficients = dict(loss_coefficients or {})
-        for layer in model.moe_layers.values():
-            for name, coefficient in self.loss_coefficients.items():
-                if coefficient != 0 and name not in layer.router.loss_names:
-                    known = ", ".join(layer.router.loss_names) or "none"
-                    raise ConfigError(
-                        f"router.loss_coefficients.{name}={coefficient}: {type(layer.router).__name__} has no such "
-                        f"loss (it has: {known}); name one of them or set the coefficient to 0"
-                    )
+        super().__init__(model, optimization, loss_coefficients, balance_scope)
         # Sums, not means: a mean would leave out a batch whose loss is NaN, and report the rest as the whole.
         self.total_loss = SumMetric(nan_strategy="disable")
         self.total_loss_sparse = SumMetric(nan_strategy="disable")
@@ -68,21 +58,16 @@ class LanguageModeling(L.LightningModule):
         total_loss, count, routings = self._cross_entropy(batch)
         loss = total_loss / count
         self.log("train/loss", loss, prog_bar=True)
-        total = loss
-        for name, value in sum_losses(routings).items():
-            coefficient = self.loss_coefficients.get(name, 0.0)
-            if coefficient != 0:
-                total = total + coefficient * value
-            self.log(f"train/loss_{name}", value.detach() / len(routings))
+        total = self.add_auxiliary_losses(loss, routings)
         return {"loss": total, "task_loss": loss.detach(), "routings": [routing.detach() for routing in routings]}
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Accumulate the loss under both rules."""
-        self._evaluate(batch)
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """Accumulate the loss under both rules; returns the routings of both for the callbacks."""
+        return self._evaluate(batch)
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Accumulate the loss under both rules."""
-        self._evaluate(batch)
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """Accumulate the loss under both rules; returns the routings of both for the callbacks."""
+        return self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean loss over all tokens, and perplexities."""
@@ -91,29 +76,6 @@ class LanguageModeling(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log the mean loss over all tokens, and perplexities."""
         self._log_evaluation("test")
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with its schedule, stepped once per optimizer step."""
-        # Loss scaling clips unscaled gradients, and a fused step would unscale them itself.
-        fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
-        optimizer = self.optimization.optimizer(self, fused=fused)
-        scheduler = self.optimization.scheduler(optimizer, total_steps(self.trainer))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip, also for a fused optimizer under bfloat16: Lightning refuses the pair for the sake of loss scaling."""
-        if gradient_clip_val and getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            if gradient_clip_algorithm == "value":
-                torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
-            else:
-                torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
-            return
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _cross_entropy(
         self, batch: dict[str, Tensor], final_rule: bool = False
@@ -126,13 +88,15 @@ class LanguageModeling(L.LightningModule):
         total = F.cross_entropy(scores, targets.flatten(), ignore_index=NO_TARGET, reduction="sum")
         return total, targets.numel() if valid is None else valid.sum(), routings
 
-    def _evaluate(self, batch: dict[str, Tensor]) -> None:
-        loss, count, _ = self._cross_entropy(batch)
+    def _evaluate(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        loss, count, routings = self._cross_entropy(batch)
         self.total_tokens.update(count)
         self.total_loss.update(loss)
+        final_routings = routings
         if self._rules_differ():
-            loss, _, _ = self._cross_entropy(batch, final_rule=True)
+            loss, _, final_routings = self._cross_entropy(batch, final_rule=True)
         self.total_loss_sparse.update(loss)
+        return {"routings": routings, "final_routings": final_routings}
 
     def _rules_differ(self) -> bool:
         layers = self.model.moe_layers.values()
@@ -152,12 +116,3 @@ class LanguageModeling(L.LightningModule):
             # Equal on all processes already; sync_dist keeps Lightning from doubting it.
             self.log_dict(values, sync_dist=True)
         self.total_tokens.reset()
-
-
-def sum_losses(routings: list[Routing]) -> dict[str, Tensor]:
-    """Auxiliary losses by name, summed over the layers (the convention of the EvoMoE code)."""
-    total: dict[str, Tensor] = {}
-    for routing in routings:
-        for name, value in routing.losses.items():
-            total[name] = total[name] + value if name in total else value
-    return total

@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from report import cpu_name
 from torch import Tensor, nn
 
 from evomoe.moe.experts import Experts
@@ -366,16 +367,6 @@ def header(args: argparse.Namespace, size: Size) -> str:
   times the rows when balanced and drops tokens when skewed; all other layers drop none.
 - A ratio is the median over the rounds of the time over the dense layer's time in the same round.
 """
-
-
-def cpu_name() -> str:
-    """The processor's name, as far as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def main() -> None:

@@ -105,3 +105,14 @@ def test_block_adds_both_branches_to_the_residual() -> None:
     output, routing = block(hidden, token_ids=torch.zeros(2, 3, dtype=torch.long))
     torch.testing.assert_close(output, expected)
     assert routing is None
+
+
+def test_cache_remembers_the_last_token_of_each_row() -> None:
+    cache = KeyValueCache(1, 3, 1, 2, 8, device=torch.device("cpu"), dtype=torch.float32)
+    valid = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
+    first = cache.previous(torch.tensor([[1, 2, 3], [4, 0, 0], [5, 6, 0]]), valid)
+    assert first.tolist() == [[-1, 1, 2], [-1, 4, 0], [-1, 5, 6]]
+    assert cache.previous(torch.tensor([[7], [8], [9]]), None).tolist() == [[3], [4], [6]]
+    cache.select([2, 0])
+    assert cache.previous(torch.tensor([[1], [1]]), torch.tensor([[True], [False]])).tolist() == [[9], [7]]
+    assert cache.previous(torch.tensor([[1], [1]]), None).tolist() == [[1], [7]]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -339,3 +340,55 @@ def test_output_has_the_type_of_the_states_under_autocast(router, live, dtype, b
     assert output.dtype == masked.dtype == dtype
     exact, _ = layer(states())
     torch.testing.assert_close(output.float(), exact, atol=0.15, rtol=0.05)
+
+
+# Shared experts and experts without computation
+
+
+@every_mode
+@pytest.mark.parametrize("valid", [None, VALID], ids=["", "padding"])
+@pytest.mark.parametrize("live", [1, E])
+def test_shared_experts_work_for_every_token_beside_the_routed_ones(train, valid, live):
+    torch.manual_seed(0)
+    layer = MoELayer(D, H, E, functools.partial(TopK, top_k=2), init_std=0.3, shared_experts=2).train(train)
+    layer.live_experts = live
+    output, _ = layer(states(), valid=valid)
+    shared, layer.shared = layer.shared, None
+    routed, _ = layer(states(), valid=valid)
+    weights = shared.expert_parameters(0)
+    assert weights["w_in"].shape == (2 * H, D)
+    of_all = F.gelu(states() @ weights["w_in"].t()) @ weights["w_out"].t()
+    expected = of_all if valid is None else of_all * valid[..., None]
+    torch.testing.assert_close(output - routed, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_shared_expert_of_double_width_is_the_sum_of_two():
+    torch.manual_seed(0)
+    layer = MoELayer(D, H, E, TopK, init_std=0.3, shared_experts=2, bias=False)
+    weights = layer.shared.expert_parameters(0)
+    halves = [
+        F.gelu(states() @ weights["w_in"][part].t()) @ weights["w_out"][:, part].t()
+        for part in (slice(0, H), slice(H, 2 * H))
+    ]
+    together = layer.shared.base(states().flatten(0, 1)).view(B, S, D)
+    torch.testing.assert_close(together, halves[0] + halves[1], atol=1e-5, rtol=1e-4)
+
+
+def test_less_than_no_shared_expert_is_refused():
+    with pytest.raises(ConfigError, match="shared_experts=-1: expected 0 or more"):
+        MoELayer(D, H, E, TopK, shared_experts=-1)
+
+
+class Copying(TopK):
+    """Adds half of each token, as an expert that copies would."""
+
+    def forward(self, inputs: RoutingInput) -> SparseRouting:
+        return replace(super().forward(inputs), bypass=0.5 * inputs.hidden)
+
+
+def test_what_experts_without_computation_add_reaches_output_and_gradient():
+    hidden = states().requires_grad_()
+    plain, copying = make(TopK)(hidden)[0], make(Copying)(hidden)[0]
+    torch.testing.assert_close(copying - plain, 0.5 * hidden)
+    gradients = [torch.autograd.grad(output.sum(), hidden)[0] for output in (plain, copying)]
+    torch.testing.assert_close(gradients[1] - gradients[0], torch.full_like(hidden, 0.5))

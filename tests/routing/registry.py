@@ -16,7 +16,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from evomoe.routing import DenseMoE, DTSGate, ForcedBalance, Router, ScheduleValues, Switch, TopK
+from evomoe.routing import (
+    BASELayer,
+    DenseMoE,
+    DTSGate,
+    ForcedBalance,
+    Router,
+    ScheduleValues,
+    StableMoE,
+    Switch,
+    TopK,
+)
 
 ALL = sys.maxsize
 """Every expert, in ``experts_per_token``."""
@@ -31,6 +41,13 @@ def set_linear_gate(router: Router, logits: Tensor) -> Tensor:
     with torch.no_grad():
         router.gate.weight.copy_(logits.t())
     return torch.eye(logits.shape[0])
+
+
+def set_stable_logits(router: Router, logits: Tensor) -> Tensor:
+    """The same for StableMoE's gate, with an undecided light router."""
+    with torch.no_grad():
+        router.light_gate.weight.zero_()
+    return set_linear_gate(router, logits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +134,12 @@ def hardened_balance(temperature: float, top_k: int) -> Callable[[Tensor], float
     """The same with ``top_k`` active experts."""
     return lambda logits: top_k * float(torch.softmax(logits.double() / temperature, dim=0)[:top_k].sum())
 
+
+STABLE_TEACHES: dict[str, Callable[[Router], Sequence[nn.Parameter]]] = {
+    "weights": lambda router: [router.gate.weight],
+    "balance": lambda router: [router.gate.weight],
+    "distill": lambda router: [router.words.weight, router.light_gate.weight],
+}
 
 SWITCH_LOSSES = {"balance": one, "z": squared_log_partition}
 
@@ -223,5 +246,28 @@ ROWS = (
         experts_per_token=(2, 2),
         min_experts=2,
         balanced_losses={"balance": hardened_balance(0.3, 2)},
+    ),
+    Row(id="base_layer", factory=BASELayer, experts_per_token=(1, 1), weight_alone=None),
+    Row(
+        id="stable_moe_stage_1",
+        factory=functools.partial(StableMoE, vocab_size=VOCABULARY),
+        experts_per_token=(1, 1),
+        balanced_losses={"balance": lambda _logits: 0.0, "distill": lambda logits: math.log(len(logits))},
+        set_logits=set_stable_logits,
+        permutes_experts=False,
+        weight_alone=None,
+        teaches=STABLE_TEACHES,
+    ),
+    Row(
+        id="stable_moe_stage_2",
+        factory=functools.partial(StableMoE, vocab_size=VOCABULARY),
+        schedule=ScheduleValues(hardened=True),
+        experts_per_token=(1, 1),
+        balanced_losses={"balance": lambda _logits: 0.0, "distill": lambda _logits: 0.0},
+        inert_losses=("balance", "distill"),
+        set_logits=set_stable_logits,
+        permutes_experts=False,
+        weight_alone=None,
+        teaches=STABLE_TEACHES,
     ),
 )

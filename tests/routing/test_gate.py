@@ -29,5 +29,5 @@ def test_a_gate_cast_to_bf16_still_computes_in_fp32():
 
 
 def test_unknown_init():
-    with pytest.raises(ConfigError, match="gate init='orthogonal' is unknown: expected one of scaled, small, zeros"):
-        LinearGate(8, 4, "orthogonal")
+    with pytest.raises(ConfigError, match="gate init='xavier' is unknown: expected one of scaled, small, zeros, orth"):
+        LinearGate(8, 4, "xavier")

@@ -56,7 +56,7 @@ def test_length_zero_means_the_end_at_once(shape):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((1, 0, 5, "step"), "schedule shape='step' is unknown: expected one of linear, exponential, cosine"),
+        ((1, 0, 5, "flat"), "schedule shape='flat' is unknown: expected one of linear, exponential, cosine, step"),
         ((1, 0, -5), "schedule length=-5 is negative: expected a number of steps >= 0"),
         (
             (1, 0, 5, "exponential"),
@@ -69,3 +69,8 @@ def test_errors_name_the_value_and_the_remedy(arguments, message):
     with pytest.raises(ConfigError) as error:
         Schedule(*arguments)
     assert str(error.value) == message
+
+
+def test_a_step_keeps_its_start_until_its_end():
+    schedule = Schedule(2.0, 0.5, 3, "step")
+    assert [schedule.at(step) for step in range(5)] == [2.0, 2.0, 2.0, 0.5, 0.5]

@@ -1,5 +1,6 @@
 """Who goes where: the router contract and one file per published method. Needs torch only."""
 
+from evomoe.routing.base_layer import BASELayer
 from evomoe.routing.contract import (
     Balance,
     Router,
@@ -14,10 +15,12 @@ from evomoe.routing.dense import DenseMoE
 from evomoe.routing.dts import DTSGate
 from evomoe.routing.forced import ForcedBalance
 from evomoe.routing.schedule import Schedule
+from evomoe.routing.stable_moe import StableMoE
 from evomoe.routing.switch import Switch
 from evomoe.routing.topk import TopK
 
 __all__ = [
+    "BASELayer",
     "Balance",
     "DTSGate",
     "DenseMoE",
@@ -29,6 +32,7 @@ __all__ = [
     "ScheduleValues",
     "SoftRouting",
     "SparseRouting",
+    "StableMoE",
     "StepStatistics",
     "Switch",
     "TopK",

@@ -17,21 +17,24 @@ class LinearGate(nn.Module):
         num_experts: number of experts E.
         init: ``"scaled"`` draws the weight with standard deviation D^-0.5 (logits of unit variance for normalised
             states), ``"small"`` with (0.1 / D)^0.5, Switch Transformer's scale; ``"zeros"`` starts from uniform
-            routing.
+            routing; ``"orthogonal"`` draws orthogonal rows of norm 0.1, the centroids of BASE layers.
     """
 
     def __init__(self, d_model: int, num_experts: int, init: str = "scaled") -> None:
         super().__init__()
         scales = {"scaled": 1.0, "small": 0.1**0.5, "zeros": 0.0}
-        if init not in scales:
-            raise ConfigError(f"gate init={init!r} is unknown: expected one of {', '.join(scales)}")
-        self.std = scales[init] * d_model**-0.5
+        if init not in (*scales, "orthogonal"):
+            raise ConfigError(f"gate init={init!r} is unknown: expected one of {', '.join(scales)}, orthogonal")
+        self.std = None if init == "orthogonal" else scales[init] * d_model**-0.5
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the weight from the global random generator."""
-        nn.init.normal_(self.weight, std=self.std)
+        if self.std is None:
+            nn.init.orthogonal_(self.weight, gain=0.1)
+        else:
+            nn.init.normal_(self.weight, std=self.std)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``(T, D)`` of any floating type to fp32 logits ``(T, E)``."""

@@ -1,0 +1,183 @@
+"""Time the routers themselves: the balanced assignment against SciPy, and each router's share of its layer.
+
+    python benchmarks/routing.py [--quick] [--output routing.md]
+
+Contenders take turns within a round, in random order; a figure is the median over the rounds.
+
+Shapes: T tokens, D model width, H expert hidden width, E experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import torch
+from report import facts, table
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from evomoe.cli import instantiate
+from evomoe.moe import MoELayer
+from evomoe.routing import RoutingInput, ScheduleValues, SparseRouting
+from evomoe.routing.assignment import balanced_assignment
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+VOCABULARY = 4096
+SEQUENCE = 256
+
+
+def take_turns(contenders: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each contender."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        for name in random.sample(list(contenders), len(contenders)):
+            start = time.perf_counter()
+            contenders[name]()
+            if turn:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Balanced assignment
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def scipy_assignment(scores: Tensor) -> Tensor:
+    """The same optimum by the linear assignment of tokens to places; E must divide T."""
+    tokens, num_experts = scores.shape
+    places = tokens // num_experts
+    _, columns = linear_sum_assignment(np.repeat(scores.numpy(), places, axis=1), maximize=True)
+    return torch.from_numpy(columns // places)
+
+
+def compare_solvers(tokens: int, rounds: int) -> str:
+    """Both solvers on scores without and with a preference that all tokens share."""
+    rows = []
+    for num_experts in (8, 64):
+        for name, shared in (("independent", 0.0), ("shared preference", 1.0)):
+            scores = torch.randn(tokens, num_experts) + shared * torch.randn(num_experts)
+            found = {solve: solve(scores) for solve in (balanced_assignment, scipy_assignment)}
+            totals = [float(scores.double().gather(1, expert[:, None]).sum()) for expert in found.values()]
+            ours = take_turns({"ours": lambda s=scores: balanced_assignment(s)}, rounds)["ours"]
+            scipy = take_turns({"scipy": lambda s=scores: scipy_assignment(s)}, max(rounds // 5, 1))["scipy"]
+            gap = (totals[1] - totals[0]) / abs(totals[1])
+            rows.append(
+                [f"E={num_experts}, {name}", f"{ours:.1f}", f"{scipy:.0f}", f"{scipy / ours:.0f}", f"{gap:.1e}"]
+            )
+    header = [f"T={tokens}", "ours ms", "SciPy ms", "SciPy to ours", "gap to SciPy's optimum"]
+    return f"### Balanced assignment\n\n{table(header, rows)}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Routers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def routers(d_model: int, num_experts: int) -> dict[str, Any]:
+    """The gate of every file in configs/router, in the state that it has late in training."""
+    found = {}
+    for path in sorted((CONFIGS / "router").glob("*.yaml")):
+        overrides = [f"router={path.stem}", f"model.vocab_size={VOCABULARY}", f"model.num_experts={num_experts}"]
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = hydra.compose("train", overrides=overrides)
+        if config.router.gate is None:
+            continue
+        torch.manual_seed(0)
+        router = instantiate(config.router.gate)
+        if router(d_model, num_experts).scheduled:
+            for name, values in (("sparsify", ScheduleValues(0.5, 0.5)), ("hardened", ScheduleValues(0.05, 0.0, True))):
+                found[f"{path.stem}, {name}"] = (router, values)
+        else:
+            found[path.stem] = (router, ScheduleValues())
+    return found
+
+
+def compare_routers(tokens: int, d_model: int, d_expert: int, num_experts: int, rounds: int) -> str:
+    """Forward and backward of each router alone, and of the layer around it."""
+    hidden = torch.randn(tokens // SEQUENCE, SEQUENCE, d_model)
+    token_ids = torch.randint(VOCABULARY, hidden.shape[:2])
+    previous_ids = torch.nn.functional.pad(token_ids[:, :-1], (1, 0), value=-1)
+    contenders: dict[str, Callable[[], Any]] = {}
+    active = {}
+    for name, (factory, values) in routers(d_model, num_experts).items():
+        layer = MoELayer(d_model, d_expert, num_experts, factory)
+        layer.router.set_schedule(values)
+
+        def run_router(layer: MoELayer = layer) -> None:
+            flat = hidden.flatten(0, 1).requires_grad_()
+            inputs = RoutingInput(
+                hidden=flat,
+                batch=hidden.shape[0],
+                sequence=SEQUENCE,
+                token_ids=token_ids.flatten(),
+                previous_ids=previous_ids.flatten(),
+            )
+            finish(layer.router(inputs), flat.new_zeros(()))
+
+        def run_layer(layer: MoELayer = layer) -> None:
+            output, routing = layer(hidden.clone().requires_grad_(), token_ids=token_ids, previous_ids=previous_ids)
+            finish(routing, output.sum())
+
+        contenders[f"{name}/router"], contenders[f"{name}/layer"] = run_router, run_layer
+        with torch.no_grad():
+            routing = layer(hidden, token_ids=token_ids, previous_ids=previous_ids)[1]
+        active[name] = float(routing.active_experts)
+    took = take_turns(contenders, rounds)
+    rows = [
+        [
+            name,
+            f"{number:.2f}",
+            f"{took[f'{name}/router']:.2f}",
+            f"{took[f'{name}/layer']:.1f}",
+            f"{took[f'{name}/router'] / took[f'{name}/layer']:.1%}",
+        ]
+        for name, number in active.items()
+    ]
+    header = [
+        f"T={tokens}, D={d_model}, H={d_expert}, E={num_experts}",
+        "active experts",
+        "router ms",
+        "layer ms",
+        "share",
+    ]
+    return f"### Routers, forward and backward, at initialisation\n\n{table(header, rows)}"
+
+
+def finish(routing: SparseRouting, total: Tensor) -> None:
+    """The backward pass of a routing's weights and losses, and of ``total``."""
+    total = total + routing.weight.sum() + sum(routing.losses.values(), torch.zeros(()))
+    if total.requires_grad:
+        total.backward()
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and two rounds: does it run?")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, help="also write the Markdown here")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    random.seed(0)
+    rounds = 2 if args.quick else args.rounds
+    sections = [
+        compare_solvers(256 if args.quick else 4096, rounds),
+        compare_routers(2 * SEQUENCE, 32, 64, 8, rounds) if args.quick else compare_routers(2048, 256, 1024, 8, rounds),
+    ]
+    text = "\n".join(["## Routing\n", facts("cpu", f"fp32, {rounds} rounds"), *sections])
+    print(text)
+    if args.output:
+        args.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,11 +232,11 @@ class Router(nn.Module, ABC):
     def set_schedule(self, values: ScheduleValues) -> None:
         """Receive the values of the schedule at the current optimizer step, before each training batch."""
 
-    def read_corpus(self, token_ids: Tensor) -> None:
-        """Look at the training text once, before a run begins.
+    def read_corpus(self, token_ids: np.ndarray) -> None:
+        """Look at the training text once, before a run begins, and before a checkpoint is restored.
 
         Args:
-            token_ids: ids of running text ``(N,)``, the beginning of the training split.
+            token_ids: ids of the whole training split ``(N,)``, memory-mapped: read them in chunks.
         """
 
     def after_optimizer_step(self, statistics: StepStatistics) -> None:

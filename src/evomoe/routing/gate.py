@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +11,19 @@ from torch import Tensor, nn
 from evomoe.errors import ConfigError
 
 
-class LinearGate(nn.Module):
+class Gate(nn.Module, ABC):
+    """Token states to the logits of the experts, in fp32 under any autocast."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw the parameters from the global random generator."""
+
+    @abstractmethod
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``(T, D)`` of any floating type to fp32 logits ``(T, E)``."""
+
+
+class LinearGate(Gate):
     """``logits = hidden @ weight.T`` without bias, in fp32 under any autocast.
 
     Args:

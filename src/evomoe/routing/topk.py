@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from evomoe.errors import ConfigError
 from evomoe.routing.contract import Router, RoutingInput, SparseRouting
-from evomoe.routing.gate import LinearGate
+from evomoe.routing.gate import Gate, LinearGate
 from evomoe.routing.losses import switch_balance, z_loss
 from evomoe.routing.selection import (
     assign_choices,
@@ -43,7 +43,8 @@ class TopK(Router):
         priority: who is served first under a capacity: ``"token"`` (earlier tokens, causal) or ``"choice"`` (all first
             choices; a later token can evict an earlier one, so a causal model refuses it).
         jitter: in training the gate sees the token state times U[1 - jitter, 1 + jitter].
-        init: initialisation of the gate, see ``LinearGate``.
+        init: initialisation of the linear gate, see ``LinearGate``.
+        gate: another gate in its place.
     """
 
     loss_names = ("balance", "z")
@@ -60,6 +61,7 @@ class TopK(Router):
         priority: str = "token",
         jitter: float = 0.0,
         init: str = "scaled",
+        gate: Gate | None = None,
     ) -> None:
         super().__init__(d_model, num_experts)
         check_top_k(top_k, num_experts)
@@ -81,7 +83,7 @@ class TopK(Router):
         self.jitter = jitter
         self.causal_in_train = capacity_factor is None or priority == "token"
         self.causal_in_eval = eval_capacity_factor is None or priority == "token"
-        self.gate = LinearGate(d_model, num_experts, init)
+        self.gate = LinearGate(d_model, num_experts, init) if gate is None else gate
 
     def reset_parameters(self) -> None:
         """Draw the gate anew."""

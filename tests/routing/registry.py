@@ -17,10 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from evomoe.routing import (
+    AdaMoE,
     BASELayer,
+    CosineRouter,
     DenseMoE,
     DTSGate,
+    ExpertChoice,
     ForcedBalance,
+    HashLayer,
+    LocMoE,
+    LocMoEPlus,
+    LossFreeBias,
+    MoEPlusPlus,
+    ReMoE,
     Router,
     ScheduleValues,
     StableMoE,
@@ -50,6 +59,23 @@ def set_stable_logits(router: Router, logits: Tensor) -> Tensor:
     return set_linear_gate(router, logits)
 
 
+NULL_LOGIT = 0.5
+
+
+def set_logits_beside_nulls(router: Router, logits: Tensor) -> Tensor:
+    """The same for a gate with further columns, for experts without computation, all ``NULL_LOGIT``."""
+    with torch.no_grad():
+        router.gate.weight.fill_(NULL_LOGIT)
+        router.gate.weight[: router.num_experts] = logits.t()
+    return torch.eye(logits.shape[0])
+
+
+def set_block_means(router: Router, logits: Tensor) -> Tensor:
+    """Token states whose means over E blocks of features are ``logits (T, E)``, for grouped average pooling."""
+    tokens, experts = logits.shape
+    return logits.repeat_interleave(tokens // experts, dim=1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """A router with its options, and what is declared of it.
@@ -61,6 +87,7 @@ class Row:
         experts_per_token: fewest and most experts that a token asks for; a bound above E means E.
         drops: whether a capacity may refuse some of them.
         min_experts: smallest E that the options allow.
+        expert_multiple: E must be a multiple of it.
         balanced_losses: value of each loss for a balanced batch, whose tokens have the same logits up to a rotation of
             the experts. Called with the logits of one token in falling order, ``(E,)``.
         inert_losses: losses without any gradient at these options.
@@ -81,6 +108,7 @@ class Row:
     experts_per_token: tuple[int, int]
     drops: bool = False
     min_experts: int = 1
+    expert_multiple: int = 1
     balanced_losses: dict[str, Callable[[Tensor], float | Tensor]] = field(default_factory=dict)
     inert_losses: tuple[str, ...] = ()
     set_logits: Callable[[Router, Tensor], Tensor] | None = set_linear_gate
@@ -98,6 +126,10 @@ class Row:
         router = self.factory(d_model, num_experts)
         router.set_schedule(self.schedule)
         return router
+
+    def allow(self, num_experts: int) -> int:
+        """The least E from ``num_experts`` on that the options allow."""
+        return -(-max(num_experts, self.min_experts) // self.expert_multiple) * self.expert_multiple
 
     def bounds(self, num_experts: int) -> tuple[int, int]:
         """Fewest and most experts that a token asks for, of ``num_experts``."""
@@ -140,6 +172,49 @@ STABLE_TEACHES: dict[str, Callable[[Router], Sequence[nn.Parameter]]] = {
     "balance": lambda router: [router.gate.weight],
     "distill": lambda router: [router.words.weight, router.light_gate.weight],
 }
+
+
+def null_balance(top_k: int, nulls: int) -> Callable[[Tensor], float]:
+    """AdaMoE's loss where the nulls' logits are ``NULL_LOGIT``: each true expert has the same share of the load."""
+
+    def value(logits: Tensor) -> float:
+        of_all = torch.cat([logits.double(), torch.full((nulls,), NULL_LOGIT, dtype=torch.float64)])
+        true_mass = float(of_all.softmax(dim=0)[: len(logits)].sum())
+        true_choices = int((of_all.argsort(descending=True)[:top_k] < len(logits)).sum())
+        per_true, per_null = true_choices / len(logits), (top_k - true_choices) / nulls
+        return len(of_all) * (per_true * true_mass + per_null * (1 - true_mass))
+
+    return value
+
+
+def heterogeneous_balance(top_k: int, nulls: int) -> Callable[[Tensor], float]:
+    """MoE++'s loss for logits of which the ``top_k`` best are those of true experts."""
+
+    def value(logits: Tensor) -> float:
+        of_all = torch.cat([logits.double(), torch.full((nulls,), NULL_LOGIT, dtype=torch.float64)])
+        assert float(logits[top_k - 1]) > NULL_LOGIT
+        return len(of_all) / len(logits) * float(of_all.softmax(dim=0)[: len(logits)].sum())
+
+    return value
+
+
+def one_node_of_two(logits: Tensor) -> float:
+    """LocMoE's locality loss where all tokens lie on one of two nodes, and their mean probabilities are even."""
+    experts = len(logits)
+    local, other = 0.9 / (experts / 2), 0.1 / (experts / 2)
+    return -0.5 * math.log(local * experts) - 0.5 * math.log(other * experts)
+
+
+def nothing(_router: Router) -> Sequence[nn.Parameter]:
+    """For a gate without parameters."""
+    return ()
+
+
+GATE_ALONE: dict[str, Callable[[Router], Sequence[nn.Parameter]]] = {"balance": lambda router: [router.gate.weight]}
+WITHOUT_RESIDUAL: dict[str, Callable[[Router], Sequence[nn.Parameter]]] = GATE_ALONE | {
+    "weights": lambda router: [router.gate.weight, router.constant_gate, router.constants]
+}
+FIXED_GATE = dict.fromkeys(("weights", "balance", "locality"), nothing)
 
 SWITCH_LOSSES = {"balance": one, "z": squared_log_partition}
 
@@ -269,5 +344,167 @@ ROWS = (
         permutes_experts=False,
         weight_alone=None,
         teaches=STABLE_TEACHES,
+    ),
+    Row(
+        id="hash_random",
+        factory=functools.partial(HashLayer, vocab_size=VOCABULARY),
+        experts_per_token=(1, 1),
+        set_logits=None,
+    ),
+    Row(
+        id="hash_bigram",
+        factory=functools.partial(HashLayer, vocab_size=VOCABULARY, table="bigram"),
+        experts_per_token=(1, 1),
+        set_logits=None,
+        permutes_tokens=False,
+    ),
+    Row(
+        id="hash_multi",
+        factory=functools.partial(HashLayer, vocab_size=VOCABULARY, num_hashes=2),
+        experts_per_token=(2, 2),
+        min_experts=2,
+        expert_multiple=2,
+        set_logits=None,
+        largest_weight=2.0,
+    ),
+    Row(
+        id="expert_choice_batch",
+        factory=functools.partial(ExpertChoice, pool="batch"),
+        experts_per_token=(0, ALL),
+        permutes_tokens=False,
+    ),
+    Row(
+        id="expert_choice_sequence",
+        factory=functools.partial(ExpertChoice, pool="sequence", capacity_factor=1.0),
+        experts_per_token=(0, ALL),
+        permutes_tokens=False,
+    ),
+    Row(
+        id="expert_choice_position",
+        factory=functools.partial(ExpertChoice, pool="position", capacity_factor=1.0),
+        experts_per_token=(0, ALL),
+        permutes_tokens=False,
+    ),
+    Row(
+        id="cosine_top1",
+        factory=CosineRouter,
+        experts_per_token=(1, 1),
+        balanced_losses=SWITCH_LOSSES,
+        set_logits=None,
+    ),
+    Row(
+        id="cosine_top2",
+        factory=functools.partial(CosineRouter, top_k=2, renormalize=True, projection_dim=3, capacity_factor=1.0),
+        experts_per_token=(2, 2),
+        drops=True,
+        min_experts=2,
+        balanced_losses=SWITCH_LOSSES,
+        set_logits=None,
+        permutes_tokens=False,
+    ),
+    Row(id="loss_free", factory=LossFreeBias, experts_per_token=(2, 2), min_experts=2),
+    Row(
+        id="loss_free_softmax",
+        factory=functools.partial(LossFreeBias, top_k=1, scores="softmax", renormalize=False),
+        experts_per_token=(1, 1),
+    ),
+    Row(
+        id="loss_free_groups",
+        factory=functools.partial(LossFreeBias, num_groups=2, scaling_factor=2.5),
+        experts_per_token=(2, 2),
+        min_experts=4,
+        expert_multiple=2,
+        permutes_experts=False,
+        largest_weight=2.5,
+    ),
+    Row(
+        id="remoe",
+        factory=functools.partial(ReMoE, initial_lambda=1.0),
+        experts_per_token=(0, ALL),
+        balanced_losses={"sparsity": lambda logits: int((logits > 0).sum()) * logits.relu().sum()},
+        probabilities=False,
+        largest_weight=math.inf,
+        weight_alone=None,
+    ),
+    Row(
+        id="adamoe",
+        factory=functools.partial(AdaMoE, num_null=3, top_k=3),
+        experts_per_token=(0, 3),
+        balanced_losses={"balance": null_balance(3, 3)},
+        set_logits=set_logits_beside_nulls,
+        null_experts=3,
+    ),
+    Row(
+        id="adamoe_identity",
+        factory=functools.partial(AdaMoE, num_null=3, top_k=3, renormalize="all", null="identity"),
+        experts_per_token=(0, 3),
+        balanced_losses={"balance": null_balance(3, 3)},
+        set_logits=set_logits_beside_nulls,
+        weight_alone=None,
+        null_experts=3,
+    ),
+    Row(
+        id="locmoe",
+        factory=LocMoE,
+        experts_per_token=(1, 1),
+        min_experts=2,
+        balanced_losses={"balance": one, "locality": one_node_of_two},
+        set_logits=set_block_means,
+        permutes_experts=False,
+        teaches=FIXED_GATE,
+    ),
+    Row(
+        id="locmoe_capacity",
+        factory=functools.partial(LocMoE, num_nodes=1, relu=False, capacity_factor=1.0, eval_capacity_factor=1.0),
+        experts_per_token=(1, 1),
+        drops=True,
+        balanced_losses={"balance": one, "locality": lambda _logits: 0.0},
+        set_logits=set_block_means,
+        permutes_tokens=False,
+        teaches=FIXED_GATE,
+    ),
+    Row(
+        id="locmoe_plus",
+        factory=functools.partial(LocMoEPlus, capacity_factor=1.0),
+        experts_per_token=(1, 1),
+        drops=True,
+        min_experts=2,
+        balanced_losses={"balance": one, "locality": one_node_of_two},
+        set_logits=None,
+        permutes_tokens=False,
+        teaches=FIXED_GATE,
+    ),
+    Row(
+        id="locmoe_plus_select_in_eval",
+        factory=functools.partial(LocMoEPlus, top_k=2, capacity_factor=0.7, select_in_eval=True),
+        experts_per_token=(2, 2),
+        drops=True,
+        min_experts=2,
+        balanced_losses={"balance": one, "locality": one_node_of_two},
+        set_logits=None,
+        permutes_tokens=False,
+        teaches=FIXED_GATE,
+    ),
+    Row(
+        id="moe_plus_plus",
+        factory=MoEPlusPlus,
+        experts_per_token=(0, 2),
+        balanced_losses={"balance": heterogeneous_balance(2, 3)},
+        set_logits=set_logits_beside_nulls,
+        weight_alone=None,
+        null_experts=3,
+        teaches=WITHOUT_RESIDUAL,
+    ),
+    Row(
+        id="moe_plus_plus_capacity",
+        factory=functools.partial(MoEPlusPlus, capacity_factor=0.6, eval_capacity_factor=0.6),
+        experts_per_token=(0, 2),
+        drops=True,
+        balanced_losses={"balance": heterogeneous_balance(2, 3)},
+        set_logits=set_logits_beside_nulls,
+        permutes_tokens=False,
+        weight_alone=None,
+        null_experts=3,
+        teaches=WITHOUT_RESIDUAL,
     ),
 )

@@ -15,14 +15,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from routing.registry import ROWS, VOCABULARY, Row
+from routing.registry import ROWS, VOCABULARY, Row, nothing
 from torch import Tensor
 
 import evomoe.routing
 from evomoe.routing import Router, RoutingInput, SparseRouting
 
-D, E = 12, 4
-BATCH, SEQUENCE = 3, 6
+# D is a multiple of every number of experts below, and T of E, for gates that share out the features among the experts.
+D, E = 120, 4
+BATCH, SEQUENCE = 4, 6
 T = BATCH * SEQUENCE
 
 every_row = pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in ROWS])
@@ -53,10 +54,14 @@ def route(
     final_rule: bool = False,
     seed: int = 0,
 ) -> SparseRouting:
-    """Route ``hidden (T, D)``; the token ids are a function of the states, so that they change together."""
+    """Route ``hidden (T, D)``; the token ids are a function of the states, so that they change together.
+
+    A token after padding has no previous id, as if it began its sequence.
+    """
     torch.manual_seed(seed)
     token_ids = (hidden.float().sum(dim=1) * 1000).long() % VOCABULARY
-    previous_ids = torch.nn.functional.pad(token_ids.view(batch, -1)[:, :-1], (1, 0), value=-1)
+    words = token_ids if valid is None else token_ids.masked_fill(~valid, -1)
+    previous_ids = torch.nn.functional.pad(words.view(batch, -1)[:, :-1], (1, 0), value=-1)
     return router(
         RoutingInput(
             hidden=hidden,
@@ -187,7 +192,7 @@ def gradients_of(total: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     seed=st.integers(0, 1000),
 )
 def test_contract(row, batch, sequence, experts, train, final_rule, padding, seed):
-    router = row.build(D, max(experts, row.min_experts), seed).train(train)
+    router = row.build(D, row.allow(experts), seed).train(train)
     hidden = 2 * draw(batch * sequence, D, seed=seed)
     share = {"none": 1.0, "some": 0.6, "all": 0.0}[padding]
     valid = torch.rand(batch * sequence, generator=torch.Generator().manual_seed(seed)) < share
@@ -382,7 +387,14 @@ def test_value_of_each_loss_at_balance(row, name):
     assert loss.item() == pytest.approx(float(row.balanced_losses[name](falling)), rel=1e-5, abs=1e-6)
 
 
-@rows_where(lambda row: "balance" in row.balanced_losses and "balance" not in row.inert_losses and row.set_logits)
+@rows_where(
+    lambda row: (
+        "balance" in row.balanced_losses
+        and "balance" not in row.inert_losses
+        and row.set_logits
+        and row.teaches.get("balance") is not nothing
+    )
+)
 def test_balance_loss_pushes_down_the_overloaded_expert(row):
     logits = 0.1 * draw(T, E)
     logits[:, 1] += torch.linspace(0.5, 3, T)  # expert 1 is every token's first choice, by a small or a large margin

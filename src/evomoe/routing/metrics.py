@@ -26,10 +26,11 @@ def dropped_fraction(routing: SparseRouting) -> Tensor:
 
 
 def brief_metrics(routing: SparseRouting) -> dict[str, Tensor]:
-    """The scalars that are logged for every MoE layer."""
+    """The scalars that are logged for every MoE layer, the router's own included."""
     return {
         "active_experts": routing.active_experts,
         "load_max_violation": load_max_violation(routing.load),
         "router_entropy": router_entropy(routing),
         "dropped": dropped_fraction(routing),
+        **routing.metrics,
     }

@@ -51,6 +51,13 @@ def assign_choices(expert: Tensor, weight: Tensor, num_experts: int, keep: Tenso
     return token, flat_weight[order], bounds.diff()
 
 
+def true_experts(assignments: Assignments, num_experts: int) -> Assignments:
+    """Those of the first ``num_experts`` experts, where the ones behind them compute nothing."""
+    token, weight, load = assignments
+    rows = int(load[:num_experts].sum())
+    return token[:rows], weight[:rows], load[:num_experts]
+
+
 def within_capacity(expert: Tensor, capacity: Tensor | int, valid: Tensor | None, priority: str = "token") -> Tensor:
     """Which choices find a free place, ``(T, K)`` bool.
 

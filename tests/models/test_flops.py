@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,9 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from evomoe.models.flops import TRAINING_FACTOR
 from evomoe.models.gpt import GPT
-from evomoe.routing.dts import DTSGate
-from evomoe.routing.switch import Switch
-from evomoe.routing.topk import TopK
+from evomoe.routing import BASELayer, DTSGate, StableMoE, Switch, TopK
 
 Build = Callable[..., GPT]
 
@@ -26,21 +25,29 @@ def count_flops(model: GPT, tokens: Tensor, *, backward: bool) -> tuple[int, lis
     with flop_counter() as counter, sdpa_kernel(SDPBackend.MATH):
         logits, routings = model(tokens)
         if backward:
-            cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+            auxiliary = sum(loss for routing in routings for loss in routing.losses.values())
+            (cross_entropy(logits.flatten(0, 1), tokens.flatten()) + auxiliary).backward()
     active = [routing.tokens_per_expert.sum().item() / routing.num_tokens.item() for routing in routings]
     return counter.get_total_flops(), active
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("router", [None, Switch, TopK, DTSGate])
-def test_formula_is_what_the_counter_counts(build: Build, tokens: Tensor, router: type | None, backward: bool) -> None:
-    model = build(num_layers=4, moe_every=0 if router is None else 2, router=router)
+@pytest.mark.parametrize("router", [None, Switch, TopK, DTSGate, BASELayer, partial(StableMoE, vocab_size=64)])
+def test_formula_is_what_the_counter_counts(build: Build, tokens: Tensor, router: Any, backward: bool) -> None:
+    model = build(num_layers=4, moe_every=0 if router is None else 2, router=router, allow_future_leak=True)
     counted, active = count_flops(model, tokens, backward=backward)
     formula = model.flops_per_token(12, active) * tokens.numel() * (TRAINING_FACTOR if backward else 1)
     assert counted == pytest.approx(formula, rel=1e-9)
 
 
-@pytest.mark.parametrize("settings", [{"activation": "swiglu", "bias": False}, {"num_experts": 1, "router": Switch}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"activation": "swiglu", "bias": False},
+        {"num_experts": 1, "router": Switch},
+        {"d_expert": 16, "num_experts": 9, "shared_experts": 2},
+    ],
+)
 def test_gated_and_single_experts_are_counted(build: Build, tokens: Tensor, settings: dict[str, Any]) -> None:
     model = build(**settings)
     counted, active = count_flops(model, tokens, backward=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from evomoe.errors import ConfigError
 from evomoe.models.gpt import GPT
-from evomoe.routing import Router
+from evomoe.routing import Router, RoutingInput, SparseRouting
 from evomoe.routing.dts import DTSGate
 from evomoe.routing.switch import Switch
 from evomoe.routing.topk import TopK
@@ -213,3 +214,48 @@ def test_dense_model_needs_no_router(build: Build) -> None:
 def test_sequence_longer_than_the_context_is_an_error(build: Build) -> None:
     with pytest.raises(ConfigError, match="sequence of 17 tokens, but the model's context is 16"):
         build()(torch.zeros(1, 17, dtype=torch.long))
+
+
+class Witness(TopK):
+    """Keeps what it is asked, and passes its logits on to the next MoE layer."""
+
+    def forward(self, inputs: RoutingInput) -> SparseRouting:
+        self.inputs = inputs
+        routing = super().forward(inputs)
+        return replace(routing, logits=self.gate(inputs.hidden))
+
+
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+def test_routers_see_words_and_the_logits_of_the_layer_before(
+    build: Build, tokens: Tensor, checkpoint_activations: bool
+) -> None:
+    model = build(num_layers=4, router=Witness, checkpoint_activations=checkpoint_activations)
+    _, routings = model(tokens)
+    first, second = (layer.router.inputs for layer in model.moe_layers.values())
+    assert torch.equal(first.token_ids, tokens.flatten())
+    assert torch.equal(first.previous_ids.view_as(tokens)[:, 1:], tokens[:, :-1])
+    assert (first.previous_ids.view_as(tokens)[:, 0] == -1).all()
+    assert first.previous_logits is None
+    assert torch.equal(second.previous_logits, routings[0].logits)
+
+
+def test_words_before_a_cached_chunk_are_remembered(build: Build, tokens: Tensor) -> None:
+    model = build(router=Witness).eval()
+    (layer,) = model.moe_layers.values()
+    with torch.no_grad():
+        cache = model.new_cache(tokens.shape[0])
+        for begin, end in ((0, 5), (5, 6), (6, 9)):
+            model(tokens[:, begin:end], cache=cache)
+            expected = torch.nn.functional.pad(tokens, (1, 0), value=-1)[:, begin:end]
+            assert torch.equal(layer.router.inputs.previous_ids.view_as(expected), expected)
+
+
+def test_fine_grained_and_shared_experts_have_the_size_that_was_asked_for(build: Build, tokens: Tensor) -> None:
+    model = build(d_ff=64, d_expert=16, shared_experts=3, num_experts=5)
+    (layer,) = model.moe_layers.values()
+    assert layer.experts.w_in[4].shape == (16, 32)
+    assert layer.shared.w_in[0].shape == (48, 32)
+    assert model.blocks[0].feed_forward.experts.w_in[0].shape == (64, 32)
+    assert layer.shared.w_in[0].std().item() == pytest.approx(0.02, rel=0.1)
+    other = build(d_ff=64, d_expert=16, shared_experts=3, num_experts=5)
+    assert torch.equal(model(tokens)[0], other(tokens)[0]), "drawn from the seed and the name"

@@ -9,17 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers.programs import HARD, PLAIN, KeepLosses, equal, load
+from helpers.programs import HARD, PLAIN, KeepLosses, equal, load, timeless
 
 from evomoe.checkpointing import list_checkpoints, newest_checkpoint
 from evomoe.errors import ConfigError
 
 
 def states(folder: Path) -> dict:
-    """All that the last checkpoint holds, but for the names of its run."""
-    checkpoint = load(folder)
-    del checkpoint["evomoe"]
-    return checkpoint
+    """All that the last checkpoint holds, but for the names of its run and its times."""
+    return timeless(load(folder))
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,12 @@ def total_steps(trainer: L.Trainer) -> int:
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
 
+def is_last_step(trainer: L.Trainer) -> bool:
+    """Whether the optimizer step just taken was the last of the fit; for ``on_train_batch_end``."""
+    last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+    return trainer.global_step == trainer.max_steps or (trainer.is_last_batch and last_epoch)
+
+
 def to_steps(name: str, value: int | float, total: int) -> int:
     """Optimizer steps (int), or a share of a run (float in [0, 1]), as optimizer steps.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.kill_and_resume import kill_and_resume
-from helpers.programs import ROOT, call, equal
+from helpers.programs import ROOT, call, equal, timeless
 
 from evomoe.checkpointing import list_checkpoints
 
@@ -30,10 +30,8 @@ SETTING = [
 
 
 def last(folder: Path) -> dict:
-    """The last checkpoint, without the configuration, which names the run."""
-    checkpoint = torch.load(list_checkpoints(folder)[STEPS], weights_only=True)
-    del checkpoint["evomoe"]
-    return checkpoint
+    """The last checkpoint, without the configuration, which names the run, and without times."""
+    return timeless(torch.load(list_checkpoints(folder)[STEPS], weights_only=True))
 
 
 @pytest.mark.slow

@@ -176,6 +176,15 @@ def load(run_dir: Path) -> dict[str, Any]:
     return torch.load(path, weights_only=True)
 
 
+def timeless(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint without what differs between equal runs: the folder that its configuration names, and times."""
+    del checkpoint["evomoe"]
+    history = checkpoint["callbacks"]["History"]
+    for costs in (history["spent"], *history["rows"]):
+        del costs["seconds"], costs["cpu_seconds"]
+    return checkpoint
+
+
 def equal(first: Any, second: Any) -> bool:
     """Whether two nests of containers hold the same plain values and, bit for bit, the same tensors."""
     if isinstance(first, torch.Tensor):

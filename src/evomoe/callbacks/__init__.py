@@ -3,6 +3,7 @@
 from evomoe.callbacks.checkpoint import SafeCheckpoint
 from evomoe.callbacks.evolution import Evolution
 from evomoe.callbacks.guards import FiniteGuard
+from evomoe.callbacks.history import History
 from evomoe.callbacks.progress import EvolutionProgress
 from evomoe.callbacks.random_state import RandomState
 from evomoe.callbacks.routing_monitor import RoutingMonitor
@@ -14,6 +15,7 @@ __all__ = [
     "Evolution",
     "EvolutionProgress",
     "FiniteGuard",
+    "History",
     "RandomState",
     "RoutingMonitor",
     "RunSummary",

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 import evomoe
 from evomoe import checkpointing
 from evomoe.errors import ConfigError
+from evomoe.run_length import is_last_step
 from evomoe.signals import StopRequest
 
 
@@ -29,7 +30,7 @@ class SafeCheckpoint(Checkpoint):
 
     SIGTERM and SIGINT save at the end of the present accumulation window, on all ranks if any rank was signalled, then
     end the process with status 143 or 130 and one line that says how to go on; a validation that was due at that step
-    is not run. A second signal ends the process at once.
+    is not run, unless the fit has ended with it. A second signal ends the process at once.
 
     Lightning's ``ModelCheckpoint`` is not the base: it saves the best and the last into separate files, postpones
     periodic saves until its metric exists, overwrites a ``last.ckpt``, and restores paths of the saving machine.
@@ -116,8 +117,10 @@ class SafeCheckpoint(Checkpoint):
         if not self._stepped:
             return
         self._step = trainer.global_step
-        self._save_due |= self._step % self.every_n_steps == 0 or trainer.should_stop or self._is_last_step(trainer)
-        signum = self._agreed_signal(trainer)
+        is_last = is_last_step(trainer)
+        self._save_due |= self._step % self.every_n_steps == 0 or trainer.should_stop or is_last
+        # The end of the fit obeys a signal of the last step: no later run could make up for its validation.
+        signum = 0 if is_last else self._agreed_signal(trainer)
         if signum or (self._save_due and not _validation_follows(trainer)):
             self._save(trainer)
         if signum:
@@ -145,9 +148,11 @@ class SafeCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the final weights if no hook before could, and give the signals back."""
+        """Save the final weights if no hook before could, give the signals back, and obey one that came too late."""
         self._save(trainer)
         self._stop.release()
+        if signum := self._agreed_signal(trainer):
+            self._quit(trainer, signum)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Give the signals back."""
@@ -213,11 +218,6 @@ class SafeCheckpoint(Checkpoint):
                 file=sys.stderr,
             )
         raise SystemExit(128 + signum)
-
-    @staticmethod
-    def _is_last_step(trainer: L.Trainer) -> bool:
-        last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
-        return trainer.global_step == trainer.max_steps or (trainer.is_last_batch and last_epoch)
 
 
 def _validation_follows(trainer: L.Trainer) -> bool:

@@ -14,9 +14,8 @@ from evomoe.models.flops import TRAINING_FACTOR
 class Throughput(L.Callback):
     """Logs ``throughput/tokens_per_second`` and ``throughput/training_flops`` every ``log_every_n_steps``.
 
-    Both are sums over all processes, each taken to do what this one does. FLOPs are charged by the rows that the
-    experts really computed, forward pass times three, and go on counting in a resumed run. The speed is that of the
-    steps alone: waiting for data, validation and saving are left out.
+    Both are sums over all processes, each taken to do what this one does. FLOPs go on counting in a resumed run. The
+    speed is that of the steps alone: waiting for data, validation and saving are left out.
     """
 
     def __init__(self) -> None:
@@ -38,9 +37,7 @@ class Throughput(L.Callback):
         """Charge one batch, and log when it is a step to log."""
         sequences, length = batch["tokens"].shape
         tokens = sequences * (length - 1)
-        rows = [expert_rows(routing) / tokens for routing in outputs["routings"]]
-        per_token = pl_module.model.flops_per_token(length - 1, rows)  # type: ignore[union-attr,operator]
-        self.training_flops += TRAINING_FACTOR * per_token * tokens * trainer.world_size
+        self.training_flops += batch_flops(trainer, pl_module, outputs, batch)
         self._tokens += tokens * trainer.world_size
         self._seconds += time.perf_counter() - self._started
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -58,3 +55,22 @@ class Throughput(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self.training_flops = state_dict["training_flops"]
+
+
+def batch_flops(trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any) -> float:
+    """Training FLOPs of one batch over all processes, each taken to do what this one does.
+
+    Charged are the matrix products of the forward pass, with the rows that the experts really computed, times three.
+    What activation checkpointing computes a second time is not charged: it buys memory, and belongs to no method.
+
+    Args:
+        trainer: of the run.
+        pl_module: its task.
+        outputs: what ``training_step`` returned.
+        batch: what it was given.
+    """
+    sequences, length = batch["tokens"].shape
+    tokens = sequences * (length - 1)
+    rows = [expert_rows(routing) / tokens for routing in outputs["routings"]]
+    per_token = pl_module.model.flops_per_token(length - 1, rows)  # type: ignore[union-attr,operator]
+    return TRAINING_FACTOR * per_token * tokens * trainer.world_size

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from evomoe.reporting.machine import cpu_name
+
 
 @dataclass(frozen=True)
 class Check:
@@ -78,13 +80,3 @@ def facts(device: str, *others: str) -> str:
         *others,
     ]
     return "".join(f"- {item}\n" for item in items)
-
-
-def cpu_name() -> str:
-    """The processor's name, as far as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

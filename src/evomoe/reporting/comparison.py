@@ -1,0 +1,128 @@
+"""Holds routing methods side by side: runs what is missing, then writes tables and figures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from evomoe.cli import check_overrides
+from evomoe.errors import ConfigError
+from evomoe.reporting.figures import draw
+from evomoe.reporting.hparams import write_hparams
+from evomoe.reporting.plan import Comparison, Run, read_comparison
+from evomoe.reporting.results import check_recipe, is_finished, read_result, scaled_steps
+from evomoe.reporting.runner import LOG_FILE, Failure, Pool, Start, start_process
+from evomoe.reporting.table import Results, unique, write_csv, write_table
+
+Runs = dict[tuple[str, int], Run]
+"""By label and seed."""
+
+
+def compare(config: DictConfig, root: Path, start: Start | None = None) -> dict[str, Results]:
+    """Run each method with each seed, as far as that is not done, and write what came out.
+
+    All runs of equal steps come first. From their FLOPs and seconds follow the lengths of the runs for the other
+    budgets: the schedules of learning rate and phases depend on a run's length, so that a run of other length is
+    another run, not a piece of this one.
+
+    Args:
+        config: ``configs/compare.yaml``.
+        root: folder of ``train.py`` and ``configs``.
+        start: of a training process; ``python train.py`` by default.
+
+    Returns:
+        The results by budget.
+
+    Raises:
+        ConfigError: a value cannot be, or a folder holds a run of another recipe.
+        SystemExit: a run failed (status 1), or a signal came (130 or 143).
+    """
+    comparison = read_comparison(config)
+    pool = Pool(start or start_process(root / "train.py", config.threads), config.workers, config.refresh_seconds)
+    comparison.output.mkdir(parents=True, exist_ok=True)
+
+    # Seed by seed, so that an unfinished comparison is one of fewer seeds.
+    equal = {
+        (method.label, seed): comparison.run_of(method, seed)
+        for seed in comparison.seeds
+        for method in comparison.methods
+    }
+    failures = _run_missing(pool, equal.values(), root / "configs")
+    runs = {budget: equal if budget == "steps" else _scale(comparison, equal, budget) for budget in comparison.budgets}
+    scaled = [run for of_budget in runs.values() for run in of_budget.values()]
+    failures += _run_missing(pool, [run for run in scaled if run not in equal.values()], root / "configs")
+
+    by_budget = {budget: _collect(comparison, of_budget) for budget, of_budget in runs.items()}
+    by_budget = {budget: results for budget, results in by_budget.items() if results.get(comparison.reference)}
+    if by_budget:
+        _report(comparison, by_budget)
+    if failures:
+        _complain(failures)
+        sys.exit(1)
+    return by_budget
+
+
+def _run_missing(pool: Pool, runs: Iterable[Run], configs: Path) -> list[Failure]:
+    """Run what is not finished, once all of it is known to be right."""
+    runs = list(runs)
+    for run in runs:
+        check_recipe(run)
+    missing = [run for run in runs if not is_finished(run)]
+    for run in {run.label: run for run in missing}.values():
+        try:
+            check_overrides([*run.overrides, f"hydra.run.dir={run.folder}"], configs, "train")
+        except ConfigError as error:
+            raise ConfigError(f"{run.label}: {error}") from None
+    if missing:
+        pool.say(f"{len(missing)} of {len(runs)} runs to do, {pool.workers} at a time")
+    elif runs:
+        pool.say(f"nothing to run: all {len(runs)} runs are finished")
+    return pool.run(runs)
+
+
+def _scale(comparison: Comparison, equal: Runs, budget: str) -> Runs:
+    """The runs of a budget: those of equal steps where they are as good, others of the length that makes them so."""
+    cost, tolerance = comparison.cost(budget), comparison.tolerance[budget]
+    runs: Runs = {}
+    for method in comparison.methods:
+        for seed in comparison.seeds:
+            own, reference = equal[method.label, seed], equal[comparison.reference, seed]
+            if not (is_finished(own) and is_finished(reference)):
+                continue  # it failed, and is named at the end
+            steps = scaled_steps(read_result(own), read_result(reference), cost, tolerance)
+            scaled = own if steps is None else comparison.scaled_run_of(method, seed, budget, steps)
+            runs[method.label, seed] = scaled
+    return runs
+
+
+def _collect(comparison: Comparison, runs: Runs) -> Results:
+    """Results of the runs that are finished."""
+    finished = {key: run for key, run in runs.items() if is_finished(run)}
+    return {
+        method.label: {
+            seed: read_result(finished[method.label, seed])
+            for seed in comparison.seeds
+            if (method.label, seed) in finished
+        }
+        for method in comparison.methods
+    }
+
+
+def _report(comparison: Comparison, by_budget: Mapping[str, Results]) -> None:
+    print(write_table(comparison, by_budget))
+    write_csv(comparison, by_budget)
+    write_hparams(comparison, by_budget)
+    try:
+        draw(comparison, by_budget)
+    except ModuleNotFoundError:
+        print('no figures, as matplotlib is not installed: pip install -e ".[report]"', file=sys.stderr)
+    print(f"{len(list(unique(by_budget)))} runs; tables, figures and TensorBoard's HPARAMS are in {comparison.output}")
+
+
+def _complain(failures: Sequence[Failure]) -> None:
+    for failure in failures:
+        print(f"error: {failure.run} failed, {failure.status}; see {failure.run.folder / LOG_FILE}", file=sys.stderr)
+        print("".join(f"    {line}\n" for line in failure.tail.splitlines()), end="", file=sys.stderr)

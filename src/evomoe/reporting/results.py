@@ -1,0 +1,184 @@
+"""What a run left in its folder, and what follows from several of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evomoe.callbacks.history import HISTORY_FILE
+from evomoe.errors import ConfigError
+from evomoe.reporting.plan import Run
+
+RECIPE_FILE = "recipe.json"
+RESULT_FILE = "result.json"
+EVALUATION = "val_loss_sparse"
+"""The loss under the rule that a user would deploy decides."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Args:
+        run: its recipe.
+        rows: of its history, see :class:`~evomoe.callbacks.History`.
+        test: its test metrics by name.
+        causal_in_train: whether its routers never look at later tokens in training.
+        facts: where and when it ran, see :func:`~evomoe.reporting.machine.facts`.
+    """
+
+    run: Run
+    rows: list[Row]
+    test: dict[str, float]
+    causal_in_train: bool
+    facts: dict[str, Any]
+
+    @property
+    def end(self) -> Row:
+        """The row of the last weights."""
+        return self.rows[-1]
+
+    @property
+    def loss(self) -> float:
+        """Validation loss of the last weights under the final sparse rule."""
+        return self.end[EVALUATION]
+
+    @property
+    def test_loss(self) -> float | None:
+        """Test loss of the last weights under the final sparse rule."""
+        return self.test.get("test/loss_sparse")
+
+    @property
+    def active_experts(self) -> float | None:
+        """Experts per token, mean over the training tokens; None for a model without MoE layers."""
+        if self.end["active_experts"] is None:
+            return None
+        before = [0, *(row["tokens"] for row in self.rows)]
+        weighted = sum(
+            row["active_experts"] * (row["tokens"] - start) for start, row in zip(before, self.rows, strict=False)
+        )
+        return weighted / self.end["tokens"]
+
+    @property
+    def max_violation(self) -> float | None:
+        """MaxVio of a batch, mean over the MoE layers and the batches since the last but one validation."""
+        return statistics.fmean(layers) if (layers := self.end["load_max_violation"].values()) else None
+
+
+def check_recipe(run: Run) -> None:
+    """Refuse a folder that holds a run of another recipe.
+
+    Raises:
+        ConfigError: naming the first override that differs.
+    """
+    path = run.folder / RECIPE_FILE
+    if not path.exists():
+        return
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    if recorded == list(run.overrides):
+        return
+    new = [text for text in run.overrides if text not in recorded]
+    old = [text for text in recorded if text not in run.overrides]
+    what = " ".join(new) or f"nothing in the place of {' '.join(old)}" if new or old else "another order of overrides"
+    raise ConfigError(
+        f"{run.folder} holds a run of another recipe ({' '.join(old) or 'less'} there, {what} here): choose another"
+        " name= for this comparison, or remove the folder"
+    )
+
+
+def write_recipe(run: Run) -> None:
+    """Mark the folder as that of this run, before it begins."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    _write(run.folder / RECIPE_FILE, list(run.overrides))
+
+
+def finish(run: Run, facts: dict[str, Any]) -> None:
+    """Mark the run as finished.
+
+    Raises:
+        ConfigError: it left no history that ends with a validation.
+    """
+    path = run.folder / HISTORY_FILE
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    if not rows or not math.isfinite(rows[-1][EVALUATION]):
+        raise ConfigError(f"{path} holds no validation: the run needs callbacks.history and trainer.limit_val_batches")
+    _write(run.folder / RESULT_FILE, facts)
+
+
+def is_finished(run: Run) -> bool:
+    """Whether :func:`finish` was called for it."""
+    return (run.folder / RESULT_FILE).exists()
+
+
+def read_result(run: Run) -> Result:
+    """The result of a finished run."""
+    history = json.loads((run.folder / HISTORY_FILE).read_text(encoding="utf-8"))
+    facts = json.loads((run.folder / RESULT_FILE).read_text(encoding="utf-8"))
+    return Result(run, history["rows"], history["test"], history["causal_in_train"], facts)
+
+
+def _write(path: Path, values: Any) -> None:
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and, of two values or more, sample standard deviation."""
+
+    mean: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Spread | None:
+        """Of the values that are there; None where there is none."""
+        known = [value for value in values if value is not None]
+        if not known:
+            return None
+        return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
+
+
+def cost_to_reach(rows: Sequence[Row], cost: str, target: float) -> float | None:
+    """What a run had spent when its validation loss first came down to ``target``, between two rows by a straight line.
+
+    Args:
+        rows: of its history.
+        cost: a field of the rows that grows.
+        target: a loss.
+
+    Returns:
+        None where it never did. A run whose first row is at the target already gets the cost of that row.
+    """
+    before: Row | None = None
+    for row in rows:
+        if row[EVALUATION] <= target:
+            if before is None:
+                return float(row[cost])
+            share = (before[EVALUATION] - target) / (before[EVALUATION] - row[EVALUATION])
+            return float(before[cost] + share * (row[cost] - before[cost]))
+        before = row
+    return None
+
+
+def scaled_steps(own: Result, reference: Result, cost: str, tolerance: float) -> int | None:
+    """Optimizer steps after which a method has spent what the reference spends in its run.
+
+    Args:
+        own: run of equal steps of the method.
+        reference: that of the reference, of the same seed.
+        cost: a field of the rows.
+        tolerance: share by which the two may differ.
+
+    Returns:
+        None where the run of equal steps is as good.
+    """
+    ratio = reference.end[cost] / own.end[cost]
+    return None if abs(ratio - 1) <= tolerance else max(1, round(own.end["step"] * ratio))

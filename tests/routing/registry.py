@@ -436,7 +436,7 @@ ROWS = (
     ),
     Row(
         id="adamoe_identity",
-        factory=functools.partial(AdaMoE, num_null=3, top_k=3, renormalize="all", null="identity"),
+        factory=functools.partial(AdaMoE, num_null=3, top_k=3, renormalize="all", null_output="identity"),
         experts_per_token=(0, 3),
         balanced_losses={"balance": null_balance(3, 3)},
         set_logits=set_logits_beside_nulls,

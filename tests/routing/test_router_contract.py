@@ -42,7 +42,8 @@ def rows_where(condition) -> pytest.MarkDecorator:
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    """Normal numbers, of other seeds than the routers' weights: equal ones would make states that a gate favours."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1000))
 
 
 def route(

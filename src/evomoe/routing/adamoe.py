@@ -49,8 +49,8 @@ class AdaMoE(Router):
         top_k: choices per token K, of all E + m.
         renormalize: divide a token's weights by the sum over its chosen ``"experts"``, which keeps the scale of the
             output whatever the number of nulls, or over ``"all"`` its choices (option 1).
-        null: what a null expert returns: ``"zero"``, or ``"identity"``, the token itself. Identities take part in the
-            mixture, so their weights are those over all choices. (Named by the paper, not tried in it; ours.)
+        null_output: what a null expert returns: ``"zero"``, or ``"identity"``, the token itself (named by the paper,
+            not tried in it). Identities take part in the mixture, so they need the weights over all choices.
         init: initialisation of the gate, see ``LinearGate``.
     """
 
@@ -64,7 +64,7 @@ class AdaMoE(Router):
         num_null: int = 8,
         top_k: int = 3,
         renormalize: str = "experts",
-        null: str = "zero",
+        null_output: str = "zero",
         init: str = "scaled",
     ) -> None:
         super().__init__(d_model, num_experts)
@@ -73,14 +73,16 @@ class AdaMoE(Router):
         check_top_k(top_k, num_experts + num_null)
         if renormalize not in ("experts", "all"):
             raise ConfigError(f"router renormalize={renormalize!r} is unknown: expected experts or all")
-        if null not in ("zero", "identity"):
-            raise ConfigError(f"router null={null!r} is unknown: expected zero or identity")
-        if null == "identity" and renormalize == "experts":
-            raise ConfigError("router null=identity with renormalize=experts gives it no weight: set renormalize=all")
+        if null_output not in ("zero", "identity"):
+            raise ConfigError(f"router null_output={null_output!r} is unknown: expected zero or identity")
+        if null_output == "identity" and renormalize == "experts":
+            raise ConfigError(
+                "router null_output=identity with renormalize=experts gives it no weight: set renormalize=all"
+            )
         self.num_null = num_null
         self.top_k = top_k
         self.renormalize = renormalize
-        self.null = null
+        self.null_output = null_output
         self.gate = LinearGate(d_model, num_experts + num_null, init)
 
     def reset_parameters(self) -> None:
@@ -104,7 +106,7 @@ class AdaMoE(Router):
             routing,
             losses={"balance": balance.loss()},
             balance=balance,
-            bypass=self._identity(inputs, weight * is_null) if self.null == "identity" else None,
+            bypass=self._identity(inputs, weight * is_null) if self.null_output == "identity" else None,
             metrics={
                 "null_share": load[self.num_experts :].sum() / load.sum().clamp(min=1),
                 "all_null": all_null.sum() / routing.num_tokens.clamp(min=1),

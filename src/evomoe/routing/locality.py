@@ -129,17 +129,16 @@ def off_node_share(routing: SparseRouting, inputs: RoutingInput, num_nodes: int)
 def log_cap_probability(d_model: int, delta: float) -> float:
     """``log p_delta``, the chance that a random direction has ``|cos| >= delta`` with a given one (lemma 3).
 
-    ``p_delta = 1 - I_{delta^2}(1/2, (d - 1)/2)`` for directions uniform on the sphere in R^d. Both caps are counted,
-    as in the paper; tokens are routed by one of them. The regularised incomplete beta function I is expanded into a
-    hypergeometric one, so that the logarithm is exact where the chance itself underflows.
+    ``p_delta = 1 - I_{delta^2}(1/2, (d - 1)/2)`` for directions uniform on the sphere in R^d, with the regularised
+    incomplete beta function I. Both caps are counted, as in the paper; tokens are routed by one of them. The logarithm
+    is ``-inf`` where the chance itself underflows.
 
     Args:
         d_model: dimension d >= 2.
         delta: cosine in (0, 1).
     """
-    a, x = (d_model - 1) / 2, 1 - delta**2  # p_delta = I_x(a, 1/2)
-    factor = a * math.log(x) + math.log(delta) - math.log(a) - special.betaln(a, 0.5)
-    return float(factor + math.log(special.hyp2f1(a + 0.5, 1, a + 1, x)))
+    probability = special.betainc((d_model - 1) / 2, 0.5, 1 - delta**2)
+    return math.log(probability) if probability > 0 else -math.inf
 
 
 def log_capacity_exact(num_experts: int, d_model: int, delta: float) -> float:
@@ -154,5 +153,5 @@ def log_capacity_erfc(num_experts: int, d_model: int, delta: float) -> float:
 
 
 def log_capacity_exponential(num_experts: int, d_model: int, delta: Number) -> Number:
-    """``log((1 / E) exp(delta^2 d / (2 - delta^2)))``: the lower bound that LocMoE+ re-estimates in training."""
+    """``log((1 / E) exp(delta^2 d / (2 - delta^2)))``: below both for d >= 3; LocMoE+ estimates it in training."""
     return delta**2 * d_model / (2 - delta**2) - math.log(num_experts)

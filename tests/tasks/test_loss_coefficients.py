@@ -62,6 +62,8 @@ class Words(L.LightningDataModule):
         tokens = torch.randint(0, 32, (6, 4, 9), generator=torch.Generator().manual_seed(0))
         return DataLoader([{"tokens": rows} for rows in tokens], batch_size=None)
 
+    val_dataloader = train_dataloader
+
 
 @pytest.mark.parametrize(
     ("coefficient", "applied"),

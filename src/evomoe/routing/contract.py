@@ -26,7 +26,8 @@ class RoutingInput:
         sequence: tokens per sequence.
         token_ids: vocabulary ids ``(T,)``, for routers that route by word.
         previous_ids: the id before each token in its sequence ``(T,)``, -1 at the beginning of a sequence.
-        previous_logits: router logits ``(T, E)`` of the MoE layer before this one, None in the first.
+        previous_logits: router logits of the MoE layer before this one, as many columns as its scores; None in the
+            first.
         valid: ``(T,)`` bool, False at padding; None means that every token is real.
         final_rule: route by the final sparse rule instead of the training rule. Routers that have only one ignore it.
     """
@@ -82,7 +83,7 @@ class SparseRouting:
         losses: auxiliary losses by name, 0-dim fp32 tensors, not yet multiplied by any coefficient.
         wanted_per_expert: assignments of each expert before any capacity bound, ``(E,)``; None without a bound.
         balance: the terms of ``losses["balance"]``, None for a router without that loss.
-        logits: ``(T, E)``, for a router of the next MoE layer that adds them to its own; None otherwise.
+        logits: shaped like ``scores``, for a router of the next MoE layer that adds them to its own; None otherwise.
         bypass: ``(T, D)``, what experts without computation add to the output; None without such experts.
         metrics: further 0-dim tensors to log, by name.
     """

@@ -77,7 +77,7 @@ class ExpertChoice(Router):
         return replace(routing, metrics={"uncovered": uncovered / routing.num_tokens.clamp(min=1)})
 
     def _choose(self, scores: Tensor, valid: Tensor) -> Tensor:
-        """The C best tokens of each expert: scores ``(G, n, E)`` of G pools, ``valid (G, n)``, to ``(G, n, E)`` bool."""
+        """The C best tokens of each expert in each of G pools: ``(G, n, E)``, and ``valid (G, n)``, to bool."""
         real = valid.sum(dim=1, keepdim=True)  # (G, 1)
         capacity = capacity_per_expert(real, self.num_experts, 1, self.capacity_factor).minimum(real)
         # A score is at least 0, so padding queues last, where no place is left.

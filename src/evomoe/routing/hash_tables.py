@@ -6,16 +6,16 @@ Shapes: N ids of running text, V vocabulary, E experts, R dimensions of a word v
 from __future__ import annotations
 
 import heapq
+import warnings
 
 import numpy as np
 from scipy import sparse
 from scipy.cluster.vq import kmeans2
-from scipy.sparse.linalg import svds
 
 CHUNK = 1 << 22
 """Ids that are counted at once, so that a memory-mapped text never fills the memory."""
 
-SAMPLE, WINDOWS = 2_000_000, 64
+SAMPLE, WINDOWS = 1_000_000, 64
 """Most ids that word vectors are made from, and the number of evenly spaced places that they come from."""
 
 DIMENSIONS = 32
@@ -71,10 +71,8 @@ def word_vectors(token_ids: np.ndarray, vocab_size: int) -> np.ndarray:
     Returns:
         ``(V, R)``, rows of norm 1; zero for words that the sample lacks or that have no typical neighbours.
     """
-    starts = np.linspace(0, max(len(token_ids) - SAMPLE // WINDOWS, 0), WINDOWS if len(token_ids) > SAMPLE else 1)
-    length = SAMPLE // WINDOWS if len(token_ids) > SAMPLE else SAMPLE
-    windows = [np.asarray(token_ids[start : start + length], dtype=np.int64) for start in starts.astype(np.int64)]
-    left, right = (np.concatenate([window[part] for window in windows]) for part in (slice(0, -1), slice(1, None)))
+    windows = _sample(token_ids)
+    left, right = (np.concatenate([window[part] for window in windows]) for part in (slice(-1), slice(1, None)))
     pairs = sparse.coo_array((np.ones(len(left)), (left, right)), shape=(vocab_size, vocab_size)).tocsr()
     pairs = (pairs + pairs.T).tocoo()  # neighbours on both sides
 
@@ -84,20 +82,21 @@ def word_vectors(token_ids: np.ndarray, vocab_size: int) -> np.ndarray:
     matrix = sparse.coo_array((information[kept], (pairs.row[kept], pairs.col[kept])), shape=pairs.shape).tocsr()
     if not matrix.nnz:
         return np.zeros((vocab_size, 1))
-    # A starting vector of our own makes it deterministic.
-    start = np.random.default_rng(0).standard_normal(vocab_size)
-    left_vectors, values, _ = svds(matrix, k=min(DIMENSIONS, vocab_size - 1), v0=start)
-    vectors = left_vectors * np.sqrt(values)
+    vectors, values = _leading_singular(matrix, DIMENSIONS)
+    vectors *= np.sqrt(values)
     norm = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.divide(vectors, norm, out=np.zeros_like(vectors), where=norm > 1e-6)
 
 
 def cluster_words(vectors: np.ndarray, num_clusters: int, rng: np.random.Generator) -> np.ndarray:
-    """Cluster of each word by k-means, ``(V,)`` int64; -1 for a word without vector."""
+    """Cluster of each word by k-means, ``(V,)`` int64; -1 for a word without vector. A cluster may stay empty."""
     clusters = np.full(len(vectors), -1, dtype=np.int64)
     known = np.flatnonzero(vectors.any(axis=1))
     if known.size:
-        clusters[known] = kmeans2(vectors[known], min(num_clusters, known.size), minit="++", seed=rng)[1]
+        different = len(np.unique(vectors[known], axis=0))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "One of the clusters is empty")
+            clusters[known] = kmeans2(vectors[known], min(num_clusters, different), minit="++", seed=rng)[1]
     return clusters
 
 
@@ -127,6 +126,30 @@ def dispersed_table(vectors: np.ndarray, num_experts: int, rng: np.random.Genera
     table = np.empty(len(vectors), dtype=np.int64)
     table[np.lexsort((rng.random(len(vectors)), clusters))] = np.arange(len(vectors)) % num_experts
     return table
+
+
+def _leading_singular(matrix: sparse.csr_array, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Leading singular vectors ``(V, R)`` and values ``(R,)`` of a symmetric matrix, by a randomised range finder.
+
+    Halko, Martinsson and Tropp (2011), algorithms 4.4 and 5.3. SciPy's ``svds`` is not reproducible where the rank is
+    smaller than R.
+    """
+    size = matrix.shape[0]
+    basis = np.random.default_rng(0).standard_normal((size, min(rank + 16, size)))
+    for _ in range(5):
+        basis = np.linalg.qr(matrix @ basis)[0]
+    values, rotation = np.linalg.eigh(basis.T @ (matrix @ basis))
+    leading = np.argsort(-np.abs(values), kind="stable")[:rank]
+    return basis @ rotation[:, leading], np.abs(values[leading])
+
+
+def _sample(token_ids: np.ndarray) -> list[np.ndarray]:
+    """Stretches of running text, int64, of ``SAMPLE`` ids at most."""
+    if len(token_ids) <= SAMPLE:
+        return [np.asarray(token_ids, dtype=np.int64)]
+    length = SAMPLE // WINDOWS
+    starts = np.linspace(0, len(token_ids) - length, WINDOWS).astype(np.int64)
+    return [np.asarray(token_ids[start : start + length], dtype=np.int64) for start in starts]
 
 
 def _spread(number: int, num_experts: int, rng: np.random.Generator) -> np.ndarray:

@@ -25,7 +25,9 @@ class ReMoE(Router):
     A token gets 0 to E experts. At first about half of them, as the gate's logits are as often positive as negative:
     the first steps cost E / 2 experts a token. The penalty on R then grows until ``top_k`` experts a token are left on
     average: after each optimizer step its factor lambda is multiplied by ``growth`` if more experts than ``top_k``
-    worked for a token, over all layers, micro-batches and processes, and divided by it otherwise.
+    worked for a token, over all layers, micro-batches and processes, and divided by it otherwise. As the gate has no
+    bias, fewer than half of the experts can work only where the states have a direction in common, which the norm
+    before the layer gives them.
 
     Losses:
         sparsity: ``lambda * sum_i f_i * mean_t R_ti`` with f_i = E / K times the share of tokens that expert i works

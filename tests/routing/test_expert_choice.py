@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from evomoe.errors import ConfigError
+from evomoe.models.generation import generate, trace_experts
+from evomoe.models.gpt import GPT
+from evomoe.routing import ExpertChoice, RoutingInput, SparseRouting
+
+
+def route(
+    logits: Tensor, *, batch: int = 1, valid: Tensor | None = None, **options: object
+) -> tuple[ExpertChoice, SparseRouting]:
+    tokens, experts = logits.shape
+    router = ExpertChoice(tokens, experts, **options)
+    with torch.no_grad():
+        router.gate.weight.copy_(logits.t())
+    inputs = RoutingInput(hidden=torch.eye(tokens), batch=batch, sequence=tokens // batch, valid=valid)
+    return router, router(inputs)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_hand_typed_choice():
+    probabilities = torch.tensor([[0.5, 0.4, 0.1], [0.4, 0.3, 0.3], [0.2, 0.2, 0.6]])
+    _, routing = route(probabilities.log(), capacity_factor=1.0)
+    # One token each: experts 0 and 1 both take token 0, expert 2 takes token 2, and nobody takes token 1.
+    expected = torch.tensor([[0.5, 0.4, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.6]])
+    torch.testing.assert_close(routing.to_dense(), expected)
+    assert routing.metrics["uncovered"].item() == pytest.approx(1 / 3)
+    _, routing = route(probabilities.log(), capacity_factor=2.0)
+    assert routing.to_dense().count_nonzero(dim=0).tolist() == [2, 2, 2]
+    assert routing.metrics["uncovered"].item() == 0
+    _, routing = route(probabilities.log(), capacity_factor=3.0)
+    torch.testing.assert_close(routing.to_dense(), probabilities)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    pool=st.sampled_from(["sequence", "batch", "position"]),
+    batch=st.integers(1, 4),
+    sequence=st.integers(1, 5),
+    experts=st.integers(1, 5),
+    factor=st.sampled_from([0.3, 1.0, 1.1, 2.0, 9.0]),
+    padded=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_against_a_loop_over_pools_and_experts(pool, batch, sequence, experts, factor, padded, seed):
+    tokens = batch * sequence
+    logits = draw(tokens, experts, seed=seed)
+    valid = torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) < 0.6 if padded else None
+    _, routing = route(logits, batch=batch, valid=valid, pool=pool, capacity_factor=factor)
+
+    pools: dict[object, list[int]] = {}
+    for token in range(tokens):
+        if valid is None or valid[token]:
+            key = {"sequence": token // sequence, "batch": 0, "position": token % sequence}[pool]
+            pools.setdefault(key, []).append(token)
+    probabilities = logits.softmax(dim=1)
+    expected = torch.zeros(tokens, experts)
+    for members in pools.values():
+        places = min(max(math.ceil(len(members) * factor / experts - 1e-9), 1), len(members))
+        for expert in range(experts):
+            ranked = sorted(members, key=lambda token: -probabilities[token, expert].item())
+            for token in ranked[:places]:
+                expected[token, expert] = probabilities[token, expert]
+    torch.testing.assert_close(routing.to_dense(), expected)
+    real = sum(map(len, pools.values()))
+    uncovered = real - int(expected.any(dim=1).sum())
+    assert routing.metrics["uncovered"].item() == pytest.approx(uncovered / max(real, 1))
+
+
+def test_a_tie_goes_to_the_earlier_token():
+    _, routing = route(torch.zeros(6, 3), capacity_factor=1.0)
+    assert routing.token.tolist() == [0, 1] * 3
+
+
+def test_every_expert_takes_the_only_token_of_a_pool():
+    _, routing = route(draw(1, 8), pool="batch", capacity_factor=0.5)
+    assert routing.tokens_per_expert.tolist() == [1] * 8
+    _, routing = route(draw(5, 4), pool="position", capacity_factor=1.0)
+    torch.testing.assert_close(routing.to_dense(), draw(5, 4).softmax(dim=1))
+
+
+def test_a_sequence_does_not_see_the_others():
+    logits = draw(12, 3)
+    _, together = route(logits, batch=3, pool="sequence", capacity_factor=1.0)
+    alone = [route(part, pool="batch", capacity_factor=1.0)[1].to_dense() for part in logits.split(4)]
+    torch.testing.assert_close(together.to_dense(), torch.cat(alone))
+
+
+def test_padding_leaves_the_pools():
+    logits, valid = draw(12, 3), torch.arange(12) % 4 < 3
+    _, padded = route(logits, batch=3, valid=valid, pool="sequence", capacity_factor=1.0)
+    _, packed = route(logits[valid], batch=3, pool="sequence", capacity_factor=1.0)
+    torch.testing.assert_close(padded.to_dense()[valid], packed.to_dense())
+
+
+def test_reordering_the_tokens_of_a_batch_reorders_the_routing():
+    logits, order = draw(12, 3), torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    _, first = route(logits, pool="batch")
+    _, second = route(logits[order], pool="batch")
+    torch.testing.assert_close(first.to_dense()[order], second.to_dense())
+
+
+def test_only_the_pool_of_a_position_is_causal():
+    for pool in ("sequence", "batch", "position"):
+        router = ExpertChoice(8, 4, pool=pool)
+        assert router.causal_in_train is router.causal_in_eval is (pool == "position")
+
+
+# In a language model
+
+
+@pytest.fixture
+def model() -> GPT:
+    torch.manual_seed(0)
+    router = functools.partial(ExpertChoice, pool="position", capacity_factor=1.0)
+    return GPT(50, 16, 32, 2, 2, num_experts=4, router=router, dropout=0.0).eval()
+
+
+@torch.no_grad()
+def test_generation_of_one_text_with_a_cache_is_that_without(model: GPT):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.ndim == 2 else 1)
+    (result,) = generate(model, [[3, 1, 4]], 8, temperature=0)
+    tokens = [3, 1, 4]
+    for _ in range(8):
+        tokens.append(int(model(torch.tensor([tokens]))[0][0, -1].argmax()))
+    assert result.continuation == tokens[3:]
+
+
+def test_texts_of_a_batch_share_the_experts_of_each_position(model: GPT):
+    traces = trace_experts(model, [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11]])
+    for position, sequences in ((0, 4), (1, 4), (2, 3)):
+        taken = [len(trace["block_1"][position]) for trace in traces[:sequences]]
+        assert sum(taken) == 4, "ceil(4 / 4) and ceil(3 / 4) is one place for each of four experts"
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"capacity_factor": 0.0},
+            "router capacity_factor=0.0: expected a finite factor above 0, the mean number of experts per token; the "
+            "published one is 2",
+        ),
+        (
+            {"capacity_factor": None},
+            "router capacity_factor=None: expected a finite factor above 0, the mean number of experts per token; the "
+            "published one is 2",
+        ),
+        ({"pool": "token"}, "router pool='token' is unknown: expected one of sequence, batch, position"),
+    ],
+)
+def test_errors_name_the_value_and_the_remedy(options, message):
+    with pytest.raises(ConfigError) as error:
+        ExpertChoice(8, 4, **options)
+    assert str(error.value) == message

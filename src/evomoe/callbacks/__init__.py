@@ -2,11 +2,13 @@
 
 from evomoe.callbacks.checkpoint import SafeCheckpoint
 from evomoe.callbacks.evolution import Evolution
+from evomoe.callbacks.expert_similarity import ExpertSimilarity
 from evomoe.callbacks.guards import FiniteGuard
 from evomoe.callbacks.history import History
 from evomoe.callbacks.progress import EvolutionProgress
 from evomoe.callbacks.random_state import RandomState
 from evomoe.callbacks.routing_monitor import RoutingMonitor
+from evomoe.callbacks.routing_report import RoutingReport
 from evomoe.callbacks.samples import TextSamples
 from evomoe.callbacks.summary import RunSummary, print_closing
 from evomoe.callbacks.throughput import Throughput
@@ -14,10 +16,12 @@ from evomoe.callbacks.throughput import Throughput
 __all__ = [
     "Evolution",
     "EvolutionProgress",
+    "ExpertSimilarity",
     "FiniteGuard",
     "History",
     "RandomState",
     "RoutingMonitor",
+    "RoutingReport",
     "RunSummary",
     "SafeCheckpoint",
     "TextSamples",

@@ -12,6 +12,7 @@ from evomoe.errors import ConfigError
 from evomoe.moe import MoELayer
 from evomoe.routing import AdaMoE, RoutingInput, SparseRouting, TopK
 from evomoe.routing.adamoe import null_balance
+from evomoe.routing.metrics import brief_metrics
 
 
 def adamoe_for(logits: Tensor, experts: int, **options: object) -> tuple[AdaMoE, RoutingInput]:
@@ -51,6 +52,7 @@ def test_hand_typed_choice_weights_and_loss():
     assert routing.balance.load.tolist() == [1, 2, 2, 1]
     assert routing.metrics["null_share"].item() == pytest.approx(3 / 6)
     assert routing.metrics["all_null"].item() == pytest.approx(1 / 3)
+    assert brief_metrics(routing).items() >= routing.metrics.items()
     assert routing.active_experts.item() == pytest.approx(1)
     assert routing.bypass is None
 

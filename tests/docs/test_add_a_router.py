@@ -39,7 +39,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
             continue
         text = path.read_text(encoding="utf-8")
         if code.startswith("from "):
-            last = re.findall(r"^from evomoe.*\n", text, flags=re.MULTILINE)[-1]
+            last = re.findall(r"^from evomoe[^(\n]*(?:\([^)]*\))?\n", text, flags=re.MULTILINE)[-1]
             text = text.replace(last, last + code)
         else:
             assert text.endswith("\n)\n"), "ROWS closes the file"

@@ -159,8 +159,8 @@ def test_texts_of_a_batch_share_the_experts_of_each_position(model: GPT):
             "published one is 2",
         ),
         (
-            {"capacity_factor": None},
-            "router capacity_factor=None: expected a finite factor above 0, the mean number of experts per token; the "
+            {"capacity_factor": math.inf},
+            "router capacity_factor=inf: expected a finite factor above 0, the mean number of experts per token; the "
             "published one is 2",
         ),
         ({"pool": "token"}, "router pool='token' is unknown: expected one of sequence, batch, position"),

@@ -51,7 +51,7 @@ class ExpertChoice(Router):
         init: str = "scaled",
     ) -> None:
         super().__init__(d_model, num_experts)
-        if capacity_factor is None or not 0 < capacity_factor < math.inf:
+        if not 0 < capacity_factor < math.inf:
             raise ConfigError(
                 f"router capacity_factor={capacity_factor}: expected a finite factor above 0, the mean number of "
                 "experts per token; the published one is 2"

@@ -56,7 +56,7 @@ def compare(config: DictConfig, root: Path, start: Start | None = None) -> dict[
     failures += _run_missing(pool, [run for run in scaled if run not in equal.values()], root / "configs")
 
     by_budget = {budget: _collect(comparison, of_budget) for budget, of_budget in runs.items()}
-    by_budget = {budget: results for budget, results in by_budget.items() if results.get(comparison.reference)}
+    by_budget = {budget: results for budget, results in by_budget.items() if comparison.reference in results}
     if by_budget:
         _report(comparison, by_budget)
     if failures:
@@ -101,7 +101,7 @@ def _scale(comparison: Comparison, equal: Runs, budget: str) -> Runs:
 def _collect(comparison: Comparison, runs: Runs) -> Results:
     """Results of the runs that are finished."""
     finished = {key: run for key, run in runs.items() if is_finished(run)}
-    return {
+    results = {
         method.label: {
             seed: read_result(finished[method.label, seed])
             for seed in comparison.seeds
@@ -109,6 +109,7 @@ def _collect(comparison: Comparison, runs: Runs) -> Results:
         }
         for method in comparison.methods
     }
+    return {label: of_method for label, of_method in results.items() if of_method}
 
 
 def _report(comparison: Comparison, by_budget: Mapping[str, Results]) -> None:

@@ -13,7 +13,8 @@ from evomoe.reporting.results import EVALUATION, Result
 from evomoe.reporting.table import Results
 
 GRID = 200
-AXES = {"steps": "optimizer step", "flops": "training TFLOPs", "seconds": "seconds of training steps"}
+MOST_LOAD = 4  # times the mean, the end of the colours
+AXES = {"steps": "optimizer step", "flops": "training TFLOPs", "seconds": "{clock} seconds of training steps"}
 UNITS = {"steps": 1.0, "flops": 1e12, "seconds": 1.0}
 
 
@@ -73,11 +74,11 @@ def _violation(row: dict[str, Any]) -> float:
 def _draw_loss(comparison: Comparison, results: Results, name: str) -> Path:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4), sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), sharey=True, layout="constrained")
     for axis, (budget, title) in zip(axes, AXES.items(), strict=True):
         for label, of_method in results.items():
             _plot_band(axis, label, of_method, comparison.cost(budget), lambda row: row[EVALUATION], UNITS[budget])
-        axis.set_xlabel(title)
+        axis.set_xlabel(title.format(clock=comparison.clock))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation loss, sparse rule")
     axes[0].legend(fontsize="small")
@@ -87,7 +88,7 @@ def _draw_loss(comparison: Comparison, results: Results, name: str) -> Path:
 def _draw_curve(comparison: Comparison, results: Results, name: str, title: str, value: Any) -> Path:
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 4))
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for label, of_method in results.items():
         _plot_band(axis, label, of_method, "step", value, 1.0)
     axis.set_xlabel(AXES["steps"])
@@ -103,20 +104,24 @@ def _draw_load(comparison: Comparison, results: Results, name: str) -> Path:
 
     first = {label: next(iter(of_method.values())) for label, of_method in results.items()}
     layers = max((list(result.end["load"]) for result in first.values()), key=len)
-    size = (2.4 * len(layers) + 1, 2.0 * len(first) + 0.6)
-    figure, axes = plt.subplots(len(first), len(layers), figsize=size, squeeze=False)
+    size = (2.4 * len(layers) + 1.5, 1.8 * len(first) + 0.6)
+    figure, axes = plt.subplots(len(first), len(layers), figsize=size, squeeze=False, layout="constrained")
     for row, (label, result) in zip(axes, first.items(), strict=True):
         for axis, layer in zip(row, layers, strict=True):
             if layer not in result.end["load"]:
                 axis.set_visible(False)
                 continue
             share = np.array([entry["load"][layer] for entry in result.rows]).T  # (E, rows)
-            steps = (result.rows[0]["step"], result.end["step"])
-            extent = (*steps, share.shape[0] - 0.5, -0.5)
-            axis.imshow(share * share.shape[0], aspect="auto", vmin=0, vmax=4, extent=extent, interpolation="none")
+            experts = share.shape[0]
+            extent = (0, result.end["step"], experts - 0.5, -0.5)
+            image = axis.imshow(
+                share * experts, aspect="auto", vmin=0, vmax=MOST_LOAD, extent=extent, interpolation="none"
+            )
             axis.set_title(f"{label}, {layer}", fontsize="small")
+            axis.yaxis.get_major_locator().set_params(integer=True)
             axis.tick_params(labelsize="x-small")
-    figure.supxlabel(f"{AXES['steps']}; colour: load, from none to four times the mean", fontsize="small")
+    figure.colorbar(image, ax=axes, extend="max", label="load of an expert over the mean")
+    figure.supxlabel(AXES["steps"], fontsize="small")
     figure.supylabel("expert", fontsize="small")
     return _save(figure, comparison.output / name)
 
@@ -132,7 +137,6 @@ def _plot_band(axis: Any, label: str, results: Mapping[int, Result], cost: str, 
 def _save(figure: Any, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

@@ -203,7 +203,7 @@ def _read_overrides(given: Any) -> list[str]:
     """A list of ``key=value``, or the same as one text with spaces between them."""
     texts = shlex.split(given) if isinstance(given, str) else [str(text) for text in given or []]
     for text in texts:
-        if text.startswith("[") or not re.match(r"[~+]{0,2}[\w.@/]+(=|$)", text):
+        if not re.match(r"~[\w.@/]+$|[~+]{0,2}[\w.@/]+=", text):
             raise ConfigError(f'overrides: {text!r} is none; expected overrides="data=docs trainer.max_steps=100"')
         if _key(text).lstrip("~+") in OWN_KEYS:
             raise ConfigError(f"overrides: {text} is set by the comparison, for every run; leave it out")

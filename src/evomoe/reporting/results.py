@@ -84,12 +84,13 @@ def check_recipe(run: Run) -> None:
     recorded = json.loads(path.read_text(encoding="utf-8"))
     if recorded == list(run.overrides):
         return
-    new = [text for text in run.overrides if text not in recorded]
-    old = [text for text in recorded if text not in run.overrides]
-    what = " ".join(new) or f"nothing in the place of {' '.join(old)}" if new or old else "another order of overrides"
+    there = " ".join(text for text in recorded if text not in run.overrides)
+    here = " ".join(text for text in run.overrides if text not in recorded)
+    nothing = "nothing in its place"
+    what = f"{there or nothing} there, {here or nothing} here" if there or here else "the same in another order"
     raise ConfigError(
-        f"{run.folder} holds a run of another recipe ({' '.join(old) or 'less'} there, {what} here): choose another"
-        " name= for this comparison, or remove the folder"
+        f"{run.folder} holds a run of another recipe ({what}): choose another name= for this comparison, or remove the"
+        " folder"
     )
 
 

@@ -64,11 +64,12 @@ class Failure:
 
 @dataclass(eq=False)
 class _Slot:
-    """A place for a process. ``child`` is None while a process of an earlier comparison trains in the run's folder."""
+    """A place for a process. ``child`` is None while a process of another comparison trains in the run's folder."""
 
     run: Run
-    child: Child | None
     started: float
+    child: Child | None = None
+    lock: int | None = None
 
 
 class Pool:
@@ -128,6 +129,9 @@ class Pool:
         finally:
             for child in self._children():
                 child.terminate()
+            for slot in self._slots:
+                if slot.lock is not None:
+                    os.close(slot.lock)
             self._stop.release()
         return failures
 
@@ -135,28 +139,27 @@ class Pool:
         return [slot.child for slot in self._slots if slot.child is not None and slot.child.poll() is None]
 
     def _begin(self, run: Run) -> _Slot:
-        """Start a run, unless another process holds its folder."""
-        slot = _Slot(run, None, time.monotonic())
+        """Start a run, unless another process holds its folder, or has just finished it."""
+        slot = _Slot(run, time.monotonic())
         run.folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(run.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not is_finished(run):  # else another comparison has just done it
-                write_recipe(run)
-                slot.child = self.start(
-                    [*run.overrides, f"hydra.run.dir={run.folder}", "resume=auto"], run.folder / LOG_FILE, lock
-                )
         except BlockingIOError:
-            pass
-        finally:
-            os.close(lock)  # the process has its own
-        if slot.child is not None:
-            self.say(f"{run}: started in {run.folder}")
+            os.close(lock)
+            return slot
+        if is_finished(run):
+            os.close(lock)
+            return slot
+        write_recipe(run)
+        overrides = [*run.overrides, f"hydra.run.dir={run.folder}", "resume=auto"]
+        slot.child, slot.lock = self.start(overrides, run.folder / LOG_FILE, lock), lock
+        self.say(f"{run}: started in {run.folder}")
         return slot
 
     def _look_after(self, slot: _Slot) -> bool | Failure:
         """Whether a run has ended; one that another process began is taken over when that process ends."""
-        if slot.child is None:
+        if slot.child is None or slot.lock is None:
             if is_finished(slot.run):
                 self._slots.remove(slot)
                 return True
@@ -166,10 +169,16 @@ class Pool:
         if status is None:
             return False
         self._slots.remove(slot)
-        seconds = time.monotonic() - slot.started
+        try:
+            return self._judge(slot, status)
+        finally:
+            os.close(slot.lock)  # not before it is known whether the run has to be run again
+
+    def _judge(self, slot: _Slot, status: int) -> bool | Failure:
+        """Mark a run whose process ended well as finished."""
         if status == 0:
             try:
-                finish(slot.run, {**facts(), "process_seconds": seconds})
+                finish(slot.run, {**facts(), "process_seconds": time.monotonic() - slot.started})
             except ConfigError as error:
                 return Failure(slot.run, str(error), "")
             return True
@@ -238,7 +247,7 @@ def start_process(script: Path, threads: int) -> Start:
 
 def _describe_line(slot: _Slot, line: LastLine | None) -> str:
     if slot.child is None:
-        return f"{slot.run}: a process of an earlier comparison is at it"
+        return f"{slot.run}: a process of another comparison is at it"
     return f"{slot.run}: {line or 'starting'}"
 
 

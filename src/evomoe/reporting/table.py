@@ -13,7 +13,7 @@ from evomoe.reporting.plan import Comparison
 from evomoe.reporting.results import Result, Spread, cost_to_reach
 
 Results = Mapping[str, Mapping[int, Result]]
-"""Of one budget: by label, then by seed; without the runs that failed."""
+"""Of one budget: by label, then by seed; without the runs that failed, and the methods of which all failed."""
 
 TITLES = {"steps": "Equal optimizer steps", "flops": "Equal training FLOPs", "seconds": "Equal seconds"}
 COSTS = {"steps": "steps", "flops": "training FLOPs", "seconds": "seconds"}
@@ -175,7 +175,7 @@ def _holds(results: Results, result: Result) -> bool:
 def _in_order(comparison: Comparison, results: Results) -> list[tuple[str, Mapping[int, Result]]]:
     """The methods that have a result."""
     labels = [method.label for method in comparison.methods]
-    return [(label, results[label]) for label in labels if results.get(label)]
+    return [(label, results[label]) for label in labels if label in results]
 
 
 def words(spread: Spread | None, form: str) -> str:

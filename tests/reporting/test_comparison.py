@@ -1,0 +1,128 @@
+"""Whole comparisons, of processes that take milliseconds; tests/cli/test_compare.py trains."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from helpers import fake_training
+from helpers.programs import ROOT, compose
+
+from evomoe.cli import quote_text
+from evomoe.errors import ConfigError
+from evomoe.reporting import compare
+
+METHODS = "experiments=[gpt_dts,gpt_switch]"
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def held(*overrides: str):
+    config = compose(*map(quote_text, ("seeds=[1,2]", "refresh_seconds=100", *overrides)), config="compare")
+    return compare(config, ROOT, fake_training.start)
+
+
+def lives(folder: str = "logs") -> dict[str, int]:
+    """How many processes each run had."""
+    files = sorted(Path(folder).rglob(fake_training.LIVES))
+    return {str(path.parent.relative_to("logs/comparisons")): len(path.read_text().split()) for path in files}
+
+
+ONCE = {f"adhoc/{label}/seed_{seed}": 1 for label in ("gpt_dts", "gpt_switch") for seed in (1, 2)}
+
+
+def test_a_second_call_does_nothing_and_says_so(capsys):
+    held(METHODS)
+    assert lives() == ONCE
+    first = capsys.readouterr().out
+    assert "4 of 4 runs to do, 2 at a time" in first
+    table = Path("logs/comparisons/adhoc/table.md").read_text()
+    assert table in first
+
+    held(METHODS)
+    assert lives() == ONCE
+    second = capsys.readouterr().out
+    assert second.startswith("nothing to run: all 4 runs are finished\n")
+    assert Path("logs/comparisons/adhoc/table.md").read_text() == table
+
+
+def test_what_is_added_is_run_and_nothing_else(capsys):
+    held(METHODS)
+    held("experiments=[gpt_dts,gpt_switch,gpt_dense]", "seeds=[1,2,3]", "paths.output=report")
+    added = {f"adhoc/{label}/seed_3": 1 for label in ("gpt_dts", "gpt_switch")}
+    assert lives() == ONCE | added | {f"adhoc/gpt_dense/seed_{seed}": 1 for seed in (1, 2, 3)}
+    assert "5 of 9 runs to do" in capsys.readouterr().out
+    with Path("report/runs.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 9
+
+
+def test_equal_flops_and_seconds_are_runs_of_another_length():
+    dear = "{dear: {experiment: gpt_dts, overrides: ['+price=2']}}"
+    near = "{near: {experiment: gpt_dts, overrides: ['+price=1.01']}}"
+    by_budget = held(f"experiments=[gpt_switch,{dear},{near}]", "budget=[steps,flops,seconds]")
+    steps = {
+        budget: {label: [result.end["step"] for result in of_method.values()] for label, of_method in results.items()}
+        for budget, results in by_budget.items()
+    }
+    equal = {"gpt_switch": [4, 4], "dear": [4, 4], "near": [4, 4]}
+    assert steps == {"steps": equal, "flops": equal | {"dear": [2, 2]}, "seconds": equal}
+    for seed in (1, 2):
+        reference, own = (by_budget["flops"][label][seed] for label in ("gpt_switch", "dear"))
+        assert own.end["training_flops"] == reference.end["training_flops"]
+        assert own.run.overrides == (*by_budget["steps"]["dear"][seed].run.overrides, "trainer.max_steps=2")
+    assert sum(lives().values()) == 8
+
+
+def test_a_failed_run_is_named_and_the_rest_is_reported(capsys):
+    bad = "{bad: {experiment: gpt_dts, overrides: ['+fail=true']}}"
+    with pytest.raises(SystemExit) as ended:
+        held(f"experiments=[gpt_switch,{bad},gpt_dts]", "budget=[steps,flops]")
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    where = "logs/comparisons/adhoc/bad/seed_1"
+    assert f"error: bad seed 1 failed, status 1; see {where}/output.log" in said.err.splitlines()
+    assert said.err.splitlines()[-1] == "    ValueError: no such luck"
+    table = Path("logs/comparisons/adhoc/table.md").read_text()
+    assert "| gpt_dts |" in table
+    assert "bad" not in table
+    assert lives()["adhoc/bad/seed_1"] == 1
+
+
+def test_a_changed_recipe_is_refused_before_anything_runs():
+    held(METHODS)
+    with pytest.raises(
+        ConfigError, match=r"gpt_dts/seed_1 holds a run of another recipe \(nothing in its place there,"
+    ):
+        held(METHODS, "overrides=trainer.max_steps=7")
+    assert lives() == ONCE
+    held(METHODS, "overrides=trainer.max_steps=7", "name=longer")
+    assert lives() == ONCE | {name.replace("adhoc", "longer"): 1 for name in ONCE}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["experiments=[gpt_switch,gpt_dst]"], "gpt_dst: experiment=gpt_dst does not exist; did you mean 'gpt_dts'?"),
+        ([METHODS, "overrides=trainer.max_step=3"], "gpt_dts: trainer.max_step=3: there is no key 'trainer.max_step'"),
+    ],
+)
+def test_a_word_that_no_run_would_understand_is_refused_before_anything_runs(overrides, message):
+    with pytest.raises(ConfigError) as refused:
+        held(*overrides)
+    assert str(refused.value).startswith(message)
+    assert lives() == {}
+
+
+def test_a_run_that_died_without_a_trace_is_run_again():
+    held(METHODS)
+    folder = Path("logs/comparisons/adhoc/gpt_dts/seed_2")
+    (folder / "result.json").unlink()
+    (folder / "history.json").unlink()
+    held(METHODS)
+    assert lives() == ONCE | {"adhoc/gpt_dts/seed_2": 2}
+    assert json.loads((folder / "result.json").read_text())["process_seconds"] > 0

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from helpers.programs import CONFIGS, compose
+
+from evomoe.cli import instantiate, quote_text
+from evomoe.errors import ConfigError
+from evomoe.reporting.plan import Comparison, merge, read_comparison
+
+TWO = "experiments=[gpt_dts,gpt_switch]"
+
+
+def read(*overrides: str) -> Comparison:
+    return read_comparison(compose(*map(quote_text, overrides), config="compare"))
+
+
+def test_a_later_override_takes_the_place_of_an_earlier_one():
+    first = ["data=code", "trainer.max_steps=3", "+a.b=1"]
+    assert merge(first, ["trainer.max_steps=5"], ["seed=1", "data=docs"]) == [
+        "data=docs",
+        "trainer.max_steps=5",
+        "+a.b=1",
+        "seed=1",
+    ]
+
+
+def test_the_recipe_of_a_run_goes_from_the_general_to_the_particular():
+    entry = "experiments=[gpt_switch,{few: {experiment: gpt_dts, overrides: ['model.num_experts=4']}}]"
+    settings = "settings=['model=gpt_mini','data=code']"
+    comparison = read(entry, settings, "overrides=model=gpt_tiny model.num_experts=9", "seeds=[3,4]", "name=some")
+    few = comparison.methods[1]
+    assert (few.label, few.experiment) == ("few", "gpt_dts")
+    run = comparison.run_of(few, 3)
+    assert run.overrides == ("experiment=gpt_dts", "model=gpt_tiny", "data=code", "model.num_experts=4", "seed=3")
+    assert run.folder == Path("logs/comparisons/some/few/seed_3")
+    assert str(run) == "few seed 3"
+    scaled = comparison.scaled_run_of(few, 3, "flops", 812)
+    assert scaled.overrides == (*run.overrides, "trainer.max_steps=812")
+    assert scaled.folder == Path("logs/comparisons/some/few/flops/seed_3")
+    assert str(scaled) == "few seed 3 (trainer.max_steps=812)"
+
+
+def test_one_seed_and_one_budget_need_no_brackets():
+    comparison = read(TWO, "seeds=7", "budget=flops")
+    assert (comparison.seeds, comparison.budgets) == ((7,), ("flops",))
+    assert read(TWO, "budget=[seconds,steps]").budgets == ("seconds", "steps")
+
+
+def test_seconds_are_those_of_the_clock():
+    assert read(TWO).cost("seconds") == "cpu_seconds"
+    assert read(TWO, "clock=wall").cost("seconds") == "seconds"
+
+
+REFUSED = [
+    ([], "experiments=[] is empty: expected names"),
+    (["experiments=[]"], "experiments=[] is empty: expected names"),
+    (["experiments=[gpt_dts]"], "reference=gpt_switch is not among the methods compared"),
+    ([TWO, "reference=gpt_dst"], "reference=gpt_dst is not among the methods compared; did you mean 'gpt_dts'?"),
+    ([TWO, "seeds=[1,two]"], "seeds=[1,two]: expected different whole numbers"),
+    ([TWO, "seeds=[]"], "seeds=[]: expected different whole numbers"),
+    ([TWO, "seeds=[1,1]"], "seeds=[1,1]: expected different whole numbers"),
+    ([TWO, "seeds=[1.5]"], "seeds=[1.5]: expected different whole numbers"),
+    ([TWO, "budget=hours"], "budget=hours: expected steps, flops, seconds or a list of them"),
+    ([TWO, "budget=[steps,hours]"], "budget=hours: expected steps, flops, seconds or a list of them"),
+    ([TWO, "budget=[]"], "budget=None: expected steps, flops, seconds or a list of them"),
+    ([TWO, "clock=sun"], "clock=sun: expected cpu or wall"),
+    ([TWO, "workers=0"], "workers=0: expected a whole number of at least 1"),
+    ([TWO, "threads=half"], "threads=half: expected a whole number of at least 1"),
+    ([TWO, "overrides=trainer"], "overrides: 'trainer' is none; expected overrides="),
+    ([TWO, "overrides=[data=docs,seed=1]"], "overrides: '[data=docs,seed=1]' is none; expected overrides="),
+    ([TWO, "overrides=seed=1"], "overrides: seed=1 is set by the comparison"),
+    (["experiments=[gpt_switch,gpt_switch]"], "experiments holds the label 'gpt_switch' twice"),
+    (["experiments=[{a b: {experiment: gpt_dts}}]"], "the label 'a b' names a folder"),
+    (["experiments=[{a: {overrides: []}}]"], "experiments holds {'a': {'overrides': []}}: expected the name"),
+    (["experiments=[3]"], "experiments holds 3: expected the name"),
+    (["experiments=[{a: {experiment: gpt_dts, overrides: ['trainer.max_steps=3']}}]"], "a: trainer.max_steps must be"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_a_mistake_is_one_line(overrides, message):
+    with pytest.raises(ConfigError) as refused:
+        read(*overrides)
+    assert str(refused.value).startswith(message)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match=r"paths.output=.* cannot be written: choose another folder"):
+        read(TWO, f"paths.output={tmp_path / 'report'}")
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"paths.output=.*file/report cannot be written: choose another folder"):
+        read(TWO, f"paths.output={tmp_path / 'file' / 'report'}")
+
+
+COMPARISONS = sorted(path.stem for path in (CONFIGS / "comparison").glob("*.yaml") if path.stem != "common")
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_every_method_of_every_comparison_composes(name):
+    """And its phases fit into the common length; all but the method is the same."""
+    comparison = read(f"comparison={name}", *(["overrides=data=text_files data.train=x.txt"] * (name == "wikitext2")))
+    assert comparison.name == name
+    same = []
+    for method in comparison.methods:
+        config = compose(*comparison.run_of(method, 1).overrides, run_dir=Path("run"))
+        if config.evolution:
+            instantiate(config.evolution).make_plan(config.trainer.max_steps)
+        same.append((config.data, config.trainer, config.task.optimization, config.model.d_model, config.seed))
+    assert all(shared == same[0] for shared in same)

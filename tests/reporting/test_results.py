@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.fake_training import row
+
+from evomoe.errors import ConfigError
+from evomoe.reporting.plan import Run
+from evomoe.reporting.results import (
+    Result,
+    Spread,
+    check_recipe,
+    cost_to_reach,
+    finish,
+    is_finished,
+    read_result,
+    scaled_steps,
+    write_recipe,
+)
+
+
+def curve(*points: tuple[float, float]) -> list[dict]:
+    return [{"training_flops": cost, "val_loss_sparse": loss} for cost, loss in points]
+
+
+@pytest.mark.parametrize(
+    ("points", "target", "cost"),
+    [
+        ([(10, 5.0), (20, 4.0), (30, 3.5)], 4.0, 20),
+        ([(10, 5.0), (20, 4.0), (30, 3.5)], 4.25, 17.5),
+        ([(10, 5.0), (20, 4.0), (30, 3.5)], 3.6, 28),
+        ([(10, 5.0), (20, 4.0), (30, 3.5)], 3.4, None),
+        ([(10, 5.0), (20, 4.0)], 6.0, 10),  # it was there before anyone looked
+        ([(10, 5.0), (20, 4.0), (30, 4.5), (40, 3.0)], 4.2, 18),  # the first time counts
+        ([(10, 5.0), (20, 5.5), (30, 4.5)], 5.0, 10),
+        ([(10, 5.0), (20, 5.5), (30, 4.5)], 4.75, 27.5),
+        ([(10, float("nan"))], 5.0, None),
+    ],
+)
+def test_cost_to_a_loss_by_hand(points, target, cost):
+    assert cost_to_reach(curve(*points), "training_flops", target) == (None if cost is None else pytest.approx(cost))
+
+
+def test_spread_by_hand():
+    assert Spread.of([1.0, 2.0, 3.0]) == Spread(2.0, 1.0)
+    assert Spread.of([1.0, None, 3.0]) == Spread(2.0, pytest.approx(2**0.5))
+    assert Spread.of([4.0]) == Spread(4.0, None)
+    assert Spread.of([None]) is None
+
+
+def result(steps: int, price: float = 1.0, seed: int = 1) -> Result:
+    rows = [row(step, seed, 1.0, price) for step in range(1, steps + 1)]
+    return Result(Run("some", seed, Path("some"), ()), rows, {"test/loss_sparse": 1.5}, True, {})
+
+
+@pytest.mark.parametrize(
+    ("price", "tolerance", "steps"), [(1.0, 0.0, None), (1.02, 0.02, None), (1.25, 0.02, 80), (0.5, 0.02, 200)]
+)
+def test_the_length_of_equal_cost_by_hand(price, tolerance, steps):
+    assert scaled_steps(result(100, price), result(100), "training_flops", tolerance) == steps
+
+
+def test_what_a_result_says():
+    some = result(4)
+    assert (some.loss, some.test_loss) == (pytest.approx(6.1), 1.5)
+    assert some.active_experts == (2 + 1 + 1 + 1) / 4
+    assert some.max_violation == 0.5
+    dense = result(2)
+    dense.end.update({"active_experts": None, "load": {}, "load_max_violation": {}})
+    assert (dense.active_experts, dense.max_violation) == (None, None)
+
+
+def test_a_run_is_finished_once_its_history_ends_with_a_validation(tmp_path):
+    run = Run("some", 1, tmp_path / "run", ("experiment=x", "seed=1"))
+    write_recipe(run)
+    for rows in (None, [], [{**row(1, 1, 1.0, 1.0), "val_loss_sparse": float("nan")}]):
+        if rows is not None:
+            (run.folder / "history.json").write_text(json.dumps({"rows": rows}))
+        with pytest.raises(ConfigError, match=r"history.json holds no validation: the run needs"):
+            finish(run, {})
+        assert not is_finished(run)
+    history = {"rows": [row(1, 1, 1.0, 1.0)], "test": {}, "causal_in_train": False}
+    (run.folder / "history.json").write_text(json.dumps(history))
+    finish(run, {"machine": "here"})
+    assert is_finished(run)
+    assert read_result(run) == Result(run, history["rows"], {}, False, {"machine": "here"})
+    assert read_result(run).test_loss is None
+
+
+def test_a_folder_of_another_recipe_is_refused(tmp_path):
+    run = Run("some", 1, tmp_path, ("experiment=x", "trainer.max_steps=3", "seed=1"))
+    check_recipe(run)
+    write_recipe(run)
+    check_recipe(run)
+    for overrides, words in (
+        (("experiment=x", "trainer.max_steps=5", "seed=1"), "trainer.max_steps=3 there, trainer.max_steps=5 here"),
+        (("experiment=x", "seed=1"), "trainer.max_steps=3 there, nothing in its place here"),
+        ((*run.overrides, "data=docs"), "nothing in its place there, data=docs here"),
+        (run.overrides[::-1], "the same in another order"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            check_recipe(Run("some", 1, tmp_path, overrides))
+        assert f"holds a run of another recipe ({words}): choose another name=" in str(refused.value)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +60,13 @@ def test_the_values_of_a_routing_typed_by_hand():
         },
         abs=1e-5,
     )
+
+
+def test_what_a_router_says_about_itself_is_logged_beside_it():
+    routing = replace(sparse(), metrics={"lambda": torch.tensor(1e-8), "capacity": torch.tensor(7)})
+    (logged,) = steps(RoutingMonitor(), [sparse(), routing], [1])
+    own = {name: value for name, value in logged.items() if name.endswith(("lambda", "capacity"))}
+    assert own == pytest.approx({"moe/block_1/lambda": 1e-8, "moe/block_1/capacity": 7.0})
 
 
 def test_soft_routings_have_no_load_and_the_mean_is_over_the_others():

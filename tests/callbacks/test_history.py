@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.programs import PLAIN, load
 
-from evomoe.callbacks import history
+from evomoe.callbacks import History, history
 from evomoe.callbacks.history import Routed
 from evomoe.checkpointing import list_checkpoints
 from evomoe.routing import SoftRouting, SparseRouting
@@ -158,3 +160,23 @@ def test_a_run_of_epochs_validates_after_the_last_batch(train, tmp_path):
     written = read(tmp_path)
     assert [row["step"] for row in written["rows"]] == [5, 10, 14]
     assert written["rows"][-1]["active_experts"] is None
+
+
+def test_a_signal_during_the_last_step_waits_for_its_validation(train, tmp_path, monkeypatch):
+    start = History.on_train_batch_start
+
+    def start_signalled(self, trainer, *rest):
+        if trainer.global_step == 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+        start(self, trainer, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(History, "on_train_batch_start", start_signalled)
+        with pytest.raises(SystemExit) as stopped:
+            train(tmp_path, *SETTING)
+    assert stopped.value.code == 143
+    rows = load(tmp_path)["callbacks"]["History"]["rows"]
+    assert [row["step"] for row in rows] == [5, 10, 15, 17]
+    train(tmp_path, *SETTING, "resume=auto")
+    assert read(tmp_path)["rows"] == rows
+    assert "test/loss_sparse" in read(tmp_path)["test"]

@@ -18,6 +18,7 @@ from evomoe.cli import check_types, instantiate, quote_text
 from evomoe.models.gpt import GPT
 
 GROUPS = ("data", "model", "router", "task", "evolution", "callbacks", "trainer", "logger", "experiment", "debug")
+ALL_GROUPS = (*GROUPS, "comparison")
 CHOICES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 ROUTERS = sorted(path.stem for path in (CONFIGS / "router").glob("*.yaml"))
@@ -63,7 +64,7 @@ def test_every_choice_composes_and_names_classes_that_exist(choice):
 def test_every_experiment_builds_on_a_tiny_model(experiment):
     model, evolution = build(compose(f"experiment={experiment}", "model=gpt_tiny", "trainer.max_steps=100"))
     assert len(model.moe_layers) == (0 if experiment == "gpt_dense" else 1)
-    assert (evolution is None) == ("dts" not in experiment)
+    assert (evolution is not None) == (experiment == "gpt_stable" or "dts" in experiment)
     if evolution is not None:
         evolution.make_plan(100)
 
@@ -98,14 +99,17 @@ def test_every_evolution_fits_into_a_default_run_and_a_short_one(evolution):
         return
     for total in (config.trainer.max_steps, 100):
         plan = instantiate(config.evolution).make_plan(total)
-        assert (plan.spawn_at == 0) == (evolution == "dts_only")
+        assert (plan.spawn_at == 0) == (evolution in ("dts_only", "stable"))
 
 
 def test_experiments_differ_from_each_other_in_the_method_alone():
     """Data, size and optimizer are the same, so that a comparison of two experiments is one of their methods."""
     configs = [compose(f"experiment={name}", run_dir=Path("run")) for name in EXPERIMENTS if name != "gpt_dts_paper"]
+    of_the_method = ("router", "moe_every", "allow_future_leak", "num_experts", "d_expert", "shared_experts")
     for config in configs:
-        del config.model.router, config.model.moe_every, config.model.allow_future_leak, config.task.loss_coefficients
+        for name in of_the_method:
+            del config.model[name]
+        del config.task.loss_coefficients
         for group in ("data", "model", "task", "callbacks", "trainer", "logger"):
             assert config[group] == configs[0][group]
 
@@ -136,7 +140,7 @@ def batches(lines: list[list[str]]) -> list[list[str]]:
     alone = []
     for words in lines:
         keys = [word.partition("=")[0] for word in words]
-        if not set(GROUPS).isdisjoint(keys):
+        if not set(ALL_GROUPS).isdisjoint(keys):
             alone.append(words)
             continue
         if not together[-1].keys().isdisjoint(keys):
@@ -147,13 +151,15 @@ def batches(lines: list[list[str]]) -> list[list[str]]:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_the_commands_in_the_comments_compose(path):
-    program = path.stem if path.stem in ("eval", "generate") else "train"
+    program = path.stem if path.stem in ("eval", "generate", "compare") else "train"
+    program = "compare" if path.parent.name == "comparison" else program
     for words in batches(commands(path.read_text())):
         group = path.parent.name
-        own = [f"{group}={path.stem}"] if group in GROUPS and not any(w.startswith(f"{group}=") for w in words) else []
+        is_named = any(word.startswith(f"{group}=") for word in words)
+        own = [f"{group}={path.stem}"] if group in ALL_GROUPS and not is_named else []
         config = compose(*own, *words, config=program)
         for override in OverridesParser.create().parse_overrides(words):
-            if override.key_or_group not in GROUPS:
+            if override.key_or_group not in ALL_GROUPS:
                 assert OmegaConf.select(config, override.key_or_group) == override.value()
 
 
@@ -168,6 +174,6 @@ def test_comments_are_found():
 
 def test_the_commands_of_the_readme_compose():
     for line in (ROOT / "README.md").read_text().replace("\\\n", " ").splitlines():
-        match = re.search(r"python (train|eval|generate)\.py([^`#]*)", line)
+        match = re.search(r"python (train|eval|generate|compare)\.py([^`#]*)", line)
         if match and not {"-m", "--multirun"} & set(match[2].split()):
             compose(*overrides_in(match[2]), config=match[1])

@@ -90,7 +90,9 @@ class RoutingReport(L.Callback):
 
     def __init__(self, followed_tokens: int = 1024, words: int = 8, figures: bool = False) -> None:
         if followed_tokens < 2:
-            raise ConfigError(f"callbacks.report.followed_tokens={followed_tokens}: expected at least 2 tokens, such as 1024")
+            raise ConfigError(
+                f"callbacks.report.followed_tokens={followed_tokens}: expected at least 2 tokens, such as 1024"
+            )
         if words < 0:
             raise ConfigError(f"callbacks.report.words={words}: expected 0 or more")
         self.followed_tokens = followed_tokens

@@ -107,6 +107,7 @@ def test_experiments_differ_from_each_other_in_the_method_alone():
     configs = [compose(f"experiment={name}", run_dir=Path("run")) for name in EXPERIMENTS if name != "gpt_dts_paper"]
     of_the_method = ("router", "moe_every", "allow_future_leak", "num_experts", "d_expert", "shared_experts")
     for config in configs:
+        OmegaConf.set_struct(config, False)
         for name in of_the_method:
             del config.model[name]
         del config.task.loss_coefficients

@@ -212,6 +212,7 @@ def specialized_words(
         decode: token ids to text.
         least: tokens from which on a word is shown.
     """
+    share, count = share.cpu(), count.cpu()
     by_count = count.argsort(descending=True, stable=True)
     frequent = by_count[count[by_count] >= least]
     lines = []

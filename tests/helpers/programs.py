@@ -16,6 +16,7 @@ import logging
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import textwrap
 import warnings
@@ -147,6 +148,8 @@ def _become(script: str, arguments: tuple[str, ...], folder: Path) -> None:
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
     sys.argv = [str(ROOT / script), *arguments]
     torch.set_num_threads(1)
+    # A shell's background job starts with Ctrl-C ignored, and passes that on to the tests and from them to here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

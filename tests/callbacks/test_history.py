@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -35,6 +36,7 @@ def test_routed_sums_typed_by_hand():
         "active_experts": (4 + 8 + 4 + 4) / 16,
         "load": {"block_1": [0.5, 0.5], "block_3": [4 / 12, 8 / 12]},
         "load_max_violation": {"block_1": 0.5, "block_3": (0 + 1) / 2},  # of each batch: balance over many hides much
+        "router_metrics": {},
     }
 
 
@@ -48,17 +50,29 @@ def test_routed_sums_come_back_from_plain_values():
     assert restored.describe() == routed.describe()
 
 
+def test_metrics_of_the_routers_are_means_over_layers_and_batches():
+    routed = Routed()
+    for value in (0.0, 1.0):
+        with_metric = replace(routing([2, 2], 4), metrics={"off_node": torch.tensor(value)})
+        routed.add(["block_1", "block_3"], [with_metric, with_metric])
+    routed.add(
+        ["block_1"], [replace(routing([2, 2], 4), metrics={"off_node": torch.tensor(0.5), "bias": torch.ones(())})]
+    )
+    restored = Routed.restore(json.loads(json.dumps(routed.state_dict())), torch.device("cpu"))
+    assert restored.describe()["router_metrics"] == {"off_node": 2.5 / 5, "bias": 1.0}
+
+
 def test_slots_of_a_soft_routing_count_as_rows_and_have_no_load():
     tensor = torch.zeros(2, 5, 4, 3)  # 2 sequences of 5 tokens; 4 experts with 3 slots for each
     routed = Routed()
     routed.add(["block_1"], [SoftRouting(dispatch=tensor, combine=tensor, num_tokens=torch.tensor(10))])
-    assert routed.describe() == {"active_experts": 24 / 10, "load": {}, "load_max_violation": {}}
+    assert routed.describe() == {"active_experts": 24 / 10, "load": {}, "load_max_violation": {}, "router_metrics": {}}
 
 
 def test_a_dense_model_has_no_experts():
     routed = Routed()
     routed.add([], [])
-    assert routed.describe() == {"active_experts": None, "load": {}, "load_max_violation": {}}
+    assert routed.describe() == {"active_experts": None, "load": {}, "load_max_violation": {}, "router_metrics": {}}
 
 
 class Clocks:

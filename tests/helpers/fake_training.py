@@ -47,6 +47,7 @@ def row(step: int, seed: int, gain: float, price: float) -> dict:
         "active_experts": 2.0 if step == 1 else 1.0,
         "load": {"block_1": [0.75, 0.25]},
         "load_max_violation": {"block_1": 0.5},
+        "router_metrics": {},
     }
 
 

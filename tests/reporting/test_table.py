@@ -15,7 +15,7 @@ from evomoe.reporting.table import words, write_csv, write_table
 FACTS = {"machine": "Abacus, 2 cores", "software": "Python 3.11.7, torch 2.13.0", "date": "2026-11-22"}
 
 
-def comparison(folder: Path, seeds: tuple[int, ...] = (1, 2)) -> Comparison:
+def comparison(folder: Path, seeds: tuple[int, ...] = (1, 2), columns: tuple[str, ...] = ()) -> Comparison:
     methods = tuple(Method(label, "gpt_switch") for label in ("evolved", "switch", "dense"))
     return Comparison(
         name="small",
@@ -26,6 +26,7 @@ def comparison(folder: Path, seeds: tuple[int, ...] = (1, 2)) -> Comparison:
         overrides=(),
         tolerance={},
         clock="cpu",
+        columns=columns,
         runs=folder,
         output=folder,
     )
@@ -39,7 +40,7 @@ def result(folder: Path, label: str, seed: int, gain: float, price: float, **end
 
 def results(folder: Path) -> dict[str, dict[int, Result]]:
     """Final losses 7 + 0.1 seed for Switch; the evolved one falls faster with the first seed only; dense lacks one."""
-    routeless = {"active_experts": None, "load": {}, "load_max_violation": {}}
+    routeless = {"active_experts": None, "load": {}, "load_max_violation": {}, "router_metrics": {}}
     return {
         "evolved": {1: result(folder, "evolved", 1, 1.5, 2), 2: result(folder, "evolved", 2, 0.5, 2)},
         "switch": {seed: result(folder, "switch", seed, 0.75, 1) for seed in (1, 2)},
@@ -153,3 +154,12 @@ def test_tensorboard_has_one_entry_per_run(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard" / "dense" / "seed_2")).Reload()
     assert events.Scalars("result/val_loss_sparse")[0].value == pytest.approx(7.2)
     assert "result/active_experts" not in events.Tags()["scalars"]
+
+
+def test_metrics_of_routers_are_columns_on_request(tmp_path):
+    found = results(tmp_path)
+    found["evolved"][1].end["router_metrics"] = {"off_node": 0.25}
+    text = write_table(comparison(tmp_path, columns=("off_node",)), {"steps": found}, "python compare.py")
+    lines = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
+    column = lines[0].index("off_node")
+    assert [line[column] for line in lines[2:5]] == ["0.250", "-", "-"]

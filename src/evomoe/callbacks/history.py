@@ -56,6 +56,8 @@ class Routed:
         tokens: real tokens that reached an MoE layer, over all of them.
         load: tokens that the router chose for each expert, ``(E,)`` by layer.
         violation: MaxVio of each batch, summed, 0-dim by layer.
+        metrics: further metrics of the routers by name, summed over layers and batches, 0-dim.
+        measured: how many values each of these sums has.
     """
 
     batches: int = 0
@@ -63,6 +65,8 @@ class Routed:
     tokens: Tensor = field(default_factory=lambda: torch.tensor(0))
     load: dict[str, Tensor] = field(default_factory=dict)
     violation: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    measured: dict[str, int] = field(default_factory=dict)
 
     def add(self, layers: Iterable[str], routings: Sequence[Routing]) -> None:
         """Add one batch. The slots of a soft routing are equally loaded by construction, and have no load to add."""
@@ -75,6 +79,9 @@ class Routed:
                 known = layer in self.load
                 self.load[layer] = self.load[layer] + routing.load if known else routing.load
                 self.violation[layer] = self.violation[layer] + violation if known else violation
+                for name, value in routing.metrics.items():
+                    self.metrics[name] = self.metrics[name] + value if name in self.metrics else value
+                    self.measured[name] = self.measured.get(name, 0) + 1
 
     def describe(self) -> dict[str, Any]:
         """Means in plain values."""
@@ -84,6 +91,7 @@ class Routed:
             "active_experts": self.rows / tokens if tokens else None,
             "load": {layer: [count / max(sum(counts), 1) for count in counts] for layer, counts in load.items()},
             "load_max_violation": {layer: float(total) / self.batches for layer, total in self.violation.items()},
+            "router_metrics": {name: float(total) / self.measured[name] for name, total in self.metrics.items()},
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -94,6 +102,8 @@ class Routed:
             "tokens": int(self.tokens),
             "load": {layer: load.tolist() for layer, load in self.load.items()},
             "violation": {layer: float(total) for layer, total in self.violation.items()},
+            "metrics": {name: float(total) for name, total in self.metrics.items()},
+            "measured": dict(self.measured),
         }
 
     @classmethod
@@ -105,6 +115,8 @@ class Routed:
             tokens=torch.tensor(state["tokens"], device=device),
             load={layer: torch.tensor(load, device=device) for layer, load in state["load"].items()},
             violation={layer: torch.tensor(total, device=device) for layer, total in state["violation"].items()},
+            metrics={name: torch.tensor(total, device=device) for name, total in state["metrics"].items()},
+            measured=dict(state["measured"]),
         )
 
 
@@ -113,8 +125,9 @@ class History(L.Callback):
 
     A row has ``step``; ``tokens``, ``training_flops``, ``seconds`` and ``cpu_seconds`` (see :class:`Spent`) up to it;
     ``val_loss`` and ``val_loss_sparse``; and since the last row ``active_experts`` (rows that experts computed per real
-    token, mean over the MoE layers, None without any), ``load`` (share of each expert by layer) and
-    ``load_max_violation`` (mean over the batches, by layer). Times are those of the steps alone: waiting for data,
+    token, mean over the MoE layers, None without any), ``load`` (share of each expert by layer),
+    ``load_max_violation`` (mean over the batches, by layer) and ``router_metrics`` (what a router says of itself, mean
+    over layers and batches). Times are those of the steps alone: waiting for data,
     validation and saving are left out, and so is the spawn.
 
     The rows travel in the checkpoint: but for the times, a resumed run has those of one that was never stopped. When

@@ -79,6 +79,7 @@ class Comparison:
         tolerance: share by which FLOPs or seconds of a run of equal steps may differ from the reference's for it to
             count as a run of equal FLOPs or seconds.
         clock: ``cpu`` or ``wall``, what measures seconds.
+        columns: router metrics, such as ``off_node``, to show in the table as they were before the last validation.
         runs: folder of the runs.
         output: folder of tables and figures.
     """
@@ -91,6 +92,7 @@ class Comparison:
     overrides: tuple[str, ...]
     tolerance: dict[str, float]
     clock: str
+    columns: tuple[str, ...]
     runs: Path
     output: Path
 
@@ -160,6 +162,7 @@ def read_comparison(config: DictConfig) -> Comparison:
         overrides=tuple(merge(_read_overrides(values["settings"]), _read_overrides(values["overrides"]))),
         tolerance=values["tolerance"],
         clock=values["clock"],
+        columns=tuple(values["columns"]),
         **folders,
     )
 

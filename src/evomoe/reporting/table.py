@@ -7,6 +7,7 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from evomoe.reporting.plan import Comparison
@@ -60,6 +61,7 @@ def quality_table(comparison: Comparison, results: Results) -> str:
         ("active experts", ".2f", lambda result: result.active_experts),
         ("at the end", ".2f", lambda result: result.end["active_experts"]),
         ("MaxVio", ".2f", lambda result: result.max_violation),
+        *((name, ".3f", partial(Result.router_metric, name=name)) for name in comparison.columns),
     ]
     names = [name for name, _, _ in columns]
     reference = results[comparison.reference]
@@ -143,6 +145,7 @@ def write_csv(comparison: Comparison, by_budget: Mapping[str, Results]) -> None:
                 "active_experts": result.active_experts,
                 "active_experts_at_the_end": result.end["active_experts"],
                 "max_violation": result.max_violation,
+                **{name: result.router_metric(name) for name in comparison.columns},
                 "causal_in_train": result.causal_in_train,
                 "machine": result.facts["machine"],
                 "software": result.facts["software"],

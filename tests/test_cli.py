@@ -4,13 +4,14 @@ import sys
 from functools import partial
 
 import pytest
-from helpers.programs import CONFIGS
+from helpers.programs import CONFIGS, compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from evomoe.cli import (
+    check_missing,
     check_overrides,
     check_types,
     instantiate,
@@ -273,6 +274,26 @@ def test_instantiate_gives_plain_containers():
     assert type(instantiate(OmegaConf.create({"_target_": "evomoe.models.gpt.GPT", **model}))) is GPT
 
 
+@pytest.mark.parametrize(
+    ("arguments", "config", "message"),
+    [
+        (["data=text_files", "paths.run_dir=here"], "train", "data.train is missing: add data.train=..."),
+        (["data=hub", "router=none", "paths.run_dir=here"], "train", "data.name is missing: add data.name=..."),
+        (["ckpt_path=last"], "generate", "prompt is missing: add prompt=..."),
+    ],
+)
+def test_a_mandatory_value_left_out_is_named(arguments, config, message):
+    with pytest.raises(ConfigError) as caught:
+        check_missing(compose(*arguments, config=config))
+    assert str(caught.value) == message
+
+
+def test_nothing_is_missing_that_the_run_fills():
+    config = compose("data=text_files", "data.train=a.txt", "paths.run_dir=here")
+    assert OmegaConf.missing_keys(config) == {"model.vocab_size"}
+    check_missing(config)
+
+
 def fail(error: BaseException, config) -> None:
     raise error
 
@@ -287,7 +308,7 @@ def fail(error: BaseException, config) -> None:
     ],
 )
 def test_each_end_has_its_exit_status(monkeypatch, capsys, tmp_path, error, status, line):
-    monkeypatch.setattr(sys, "argv", ["program", f"hydra.run.dir={tmp_path}"])
+    monkeypatch.setattr(sys, "argv", ["program", "prompt=a", f"hydra.run.dir={tmp_path}"])
     with pytest.raises(SystemExit) as caught:
         run_main(partial(fail, error), CONFIGS, "generate")
     assert caught.value.code == status

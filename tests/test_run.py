@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.programs import CONFIGS, HARD, PLAIN, compose, equal, load
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import OmegaConf
 
@@ -148,6 +149,7 @@ def test_without_a_logger_the_learning_rate_is_not_monitored(train, tmp_path):
         (["seed=-1"], "seed=-1: expected a whole number from 0"),
         (["callbacks.checkpoint.every_n_steps=0"], "every_n_steps=0 must be at least 1"),
         (["trainer.max_steps=-5"], "max_steps"),
+        (["trainer.max_steps=0"], "trainer.max_steps=0: expected at least 1"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
@@ -157,6 +159,16 @@ def test_what_cannot_work_is_refused_in_one_line_and_trains_nothing(train, tmp_p
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list_checkpoints(tmp_path) == {}
+
+
+def test_a_gpu_that_is_not_there_is_refused(train, trained, tmp_path, monkeypatch):
+    for accelerator in (CUDAAccelerator, MPSAccelerator):
+        monkeypatch.setattr(accelerator, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="^trainer.accelerator=gpu: no GPU is found here; use trainer=default$"):
+        train(tmp_path, *PLAIN, "trainer.accelerator=gpu")
+    config = compose(f"ckpt_path={trained.folder}", "accelerator=cuda", config="eval")
+    with pytest.raises(ConfigError, match="^accelerator=cuda: no GPU is found here; use accelerator=cpu$"):
+        run.evaluate(config)
 
 
 @pytest.mark.parametrize("text", ["", " \n\n ", "A text shorter than a context."], ids=["empty", "blank", "short"])

@@ -60,6 +60,18 @@ def test_loaders_that_the_trainer_was_given_are_counted_too():
     assert module.told == 6 == trainer.global_step
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_steps": 0}, "trainer.max_steps=0: expected at least 1, or -1 with trainer.max_epochs"),
+        ({"max_epochs": 0}, "trainer.max_epochs=0: expected at least 1, or null with trainer.max_steps"),
+    ],
+)
+def test_a_run_without_a_step_is_refused(options, message):
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        total_steps(L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **options))
+
+
 def test_a_run_without_end_is_refused():
     with pytest.raises(ConfigError, match="the run has no end: set trainer.max_steps"):
         L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=-1).fit(Counter())

@@ -101,3 +101,24 @@ def test_a_checkpoint_of_other_data_is_refused(train, uninterrupted, tmp_path):
     files = [f"data.{split}={tmp_path / 'other.txt'}" for split in ("train", "val", "test")]
     with pytest.raises(ConfigError, match="the checkpoint was trained on other data"):
         train(tmp_path, *PLAIN, *files, f"ckpt_path={start}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "router=switch",
+            "it was trained with router.gate._target_=evomoe.routing.DTSGate and this run has evomoe.rou",
+        ),
+        ("model.num_experts=3", "it was trained with model.num_experts=4 and this run has 3"),
+        ("model.num_layers=4", "it was trained with model.num_layers=2 and this run has 4"),
+    ],
+)
+def test_another_method_or_size_is_refused(train_hard, uninterrupted, tmp_path, change, message):
+    with pytest.raises(ConfigError, match=f"cannot resume from .*: {message}"):
+        train_hard(tmp_path, change, f"ckpt_path={newest_checkpoint(uninterrupted.folder)}")
+
+
+def test_dropout_may_change_in_the_middle(train_hard, uninterrupted, tmp_path):
+    first = list_checkpoints(uninterrupted.folder)[17]
+    assert len(train_hard(tmp_path, "model.dropout=0.0", f"ckpt_path={first}").losses) == 6

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
+import logging
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
@@ -32,6 +33,8 @@ from evomoe.errors import ConfigError, NonFiniteError
 MULTIRUN = {"-m", "--multirun"}
 TEXT_KEYS = ("prompt", "overrides")
 """Overrides whose value is prose: taken as typed, even where Hydra's grammar makes a list or a number of it."""
+FILLED_BY_RUN = {"model.vocab_size"}
+"""Mandatory keys that a user does not give."""
 
 
 def run_main(function: Callable[[DictConfig], Any], config_dir: Path, config_name: str) -> None:
@@ -53,7 +56,9 @@ def run_main(function: Callable[[DictConfig], Any], config_dir: Path, config_nam
     @hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)
     def main(config: DictConfig) -> None:
         try:
-            function(config)
+            check_missing(config)
+            with _logged_warnings():
+                function(config)
         except ConfigError as error:
             _refuse(error)
         except NonFiniteError as error:
@@ -65,6 +70,16 @@ def run_main(function: Callable[[DictConfig], Any], config_dir: Path, config_nam
             sys.exit(130)
 
     main()
+
+
+@contextlib.contextmanager
+def _logged_warnings() -> Iterator[None]:
+    """Send warnings to the log, if the configuration has one."""
+    logging.captureWarnings(bool(logging.root.handlers))
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
 
 
 def _refuse(error: Exception, status: int = 2) -> None:
@@ -148,6 +163,16 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
             kind = "true or false" if isinstance(usual, bool) else "a number"
             raise ConfigError(f"{override}: expected {kind}, as in {key}={str(usual).lower()}")
     _check_folder(Path(config.hydra.run.dir))
+
+
+def check_missing(config: DictConfig) -> None:
+    """Refuse a configuration that lacks a mandatory value.
+
+    Raises:
+        ConfigError: naming the first key that is still ``???``.
+    """
+    for key in sorted(OmegaConf.missing_keys(config) - FILLED_BY_RUN):
+        raise ConfigError(f"{key} is missing: add {key}=...")
 
 
 def _check_folder(folder: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import hydra
 import lightning as L
 import torch
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -36,6 +37,17 @@ RESTORED = ("data", "model", "router", "task", "evolution")
 """Groups of a checkpoint's configuration that are built again: a file must not choose what else is called."""
 
 
+FREE_ON_RESUME = (
+    "dropout",
+    "attention_dropout",
+    "checkpoint_activations",
+    "expert_backend",
+    "allow_future_leak",
+    "router",  # its options; its class is looked at
+    "vocab_size",  # the data say more about it
+)
+"""Keys of the model that may change in the middle of a run, or that are checked elsewhere."""
+
 NOISE = ("GPU available", "TPU available", "\N{ELECTRIC LIGHT BULB} Tip", "`Trainer.fit` stopped", "`Trainer(limit_")
 """Beginnings of Lightning's messages that tell nothing about the run."""
 
@@ -52,6 +64,7 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     L.seed_everything(config.seed, workers=True, verbose=False)
     with open_dict(config):
         config.paths.cache_dir = str(Path(config.paths.cache_dir).expanduser())
+    _check_accelerator("trainer.accelerator", config.trainer.accelerator, "trainer=default")
     resume_from = _find_resume(config)
 
     data = instantiate(config.data)
@@ -59,6 +72,8 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     data.setup("fit")
     with open_dict(config):
         config.model.vocab_size = data.vocab_size
+    if resume_from is not None:
+        _check_same_method(config, resume_from)
     L.seed_everything(config.seed, workers=True, verbose=False)  # building a corpus draws nothing that the model sees
     task = instantiate(config.task, model=instantiate(config.model))
     if config.compile:
@@ -101,6 +116,11 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     return values, objects
 
 
+def _check_accelerator(key: str, accelerator: str, remedy: str) -> None:
+    if accelerator in ("gpu", "cuda") and not (CUDAAccelerator.is_available() or MPSAccelerator.is_available()):
+        raise ConfigError(f"{key}={accelerator}: no GPU is found here; use {remedy}")
+
+
 def _hush() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", module="lightning.*")
@@ -117,8 +137,27 @@ def _find_resume(config: DictConfig) -> Path | None:
     if config.ckpt_path is not None:
         return resolve_checkpoint(config.ckpt_path, Path(config.paths.log_dir) / config.experiment_name)
     if config.resume == "auto":
-        return newest_checkpoint(Path(config.paths.run_dir))
+        newest = newest_checkpoint(Path(config.paths.run_dir))
+        if newest is None:
+            rank_zero_info(
+                f"resume=auto: no checkpoint in {config.paths.run_dir}, so this run starts at step 0; run_name=..."
+                " names the folder of an earlier one, and ckpt_path=last goes on from the newest"
+            )
+        return newest
     return None
+
+
+def _check_same_method(config: DictConfig, path: Path) -> None:
+    """Refuse to go on from the checkpoint of another router or another size of model."""
+    there = OmegaConf.create(load_checkpoint(path)["evomoe"]["config"])
+    keys = [*(f"model.{key}" for key in config.model if key not in FREE_ON_RESUME), "router.gate._target_"]
+    for key in keys:
+        before, now = OmegaConf.select(there, key), OmegaConf.select(config, key)
+        if before != now:
+            raise ConfigError(
+                f"cannot resume from {path}: it was trained with {key}={before} and this run has {now}; restore it, or"
+                " start a new run with another run_name"
+            )
 
 
 def resolve_checkpoint(given: str, logs: Path) -> Path:
@@ -221,6 +260,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     """Measure a checkpoint on a split of its data, under both routing rules."""
     if config.split not in ("val", "test"):
         raise ConfigError(f"split={config.split}: expected val or test")
+    _check_accelerator("accelerator", config.accelerator, "accelerator=cpu")
     restored = restore(config.ckpt_path, config.log_dir, shlex.split(config.overrides))
     data = instantiate(restored.config.data)
     data.prepare_data()

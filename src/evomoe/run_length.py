@@ -18,8 +18,12 @@ def total_steps(trainer: L.Trainer) -> int:
     made for the count alone.
 
     Raises:
-        ConfigError: the fit has no end.
+        ConfigError: the fit has no end, or no step.
     """
+    if trainer.max_steps == 0:
+        raise ConfigError("trainer.max_steps=0: expected at least 1, or -1 with trainer.max_epochs")
+    if trainer.max_epochs == 0:
+        raise ConfigError("trainer.max_epochs=0: expected at least 1, or null with trainer.max_steps")
     if trainer.max_epochs in (None, -1):
         if trainer.max_steps == -1:
             raise ConfigError(

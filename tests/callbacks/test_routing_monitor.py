@@ -99,9 +99,10 @@ def test_histograms_of_the_load_go_to_tensorboard(tmp_path):
 
     module, written = Module(1), []
     logger = TensorBoardLogger(tmp_path)
-    logger._experiment = SimpleNamespace(add_histogram=lambda name, value, step: written.append((name, value, step)))
+    logger._experiment = SimpleNamespace(add_histogram_raw=lambda name, **bars: written.append((name, bars)))
     trainer = SimpleNamespace(global_step=7, log_every_n_steps=1, logger=logger)
     for histograms in (False, True):
         RoutingMonitor(histograms).on_train_batch_end(trainer, module, {"routings": [sparse()]}, None, 0)
-    ((name, value, step),) = written
-    assert (name, value.tolist(), step) == ("moe/block_0/load", [1.0, 0.5, 0.0], 7)
+    ((name, bars),) = written
+    assert (name, bars["global_step"]) == ("moe/block_0/load", 7)
+    assert (bars["bucket_limits"], bars["bucket_counts"]) == ([0.5, 1.5, 2.5], [1.0, 0.5, 0.0])

@@ -93,6 +93,9 @@ def test_pictures_histograms_and_words(run):
     tags = run.events.Tags()
     assert set(tags["images"]) == {"val_moe/load", "val_moe/block_1/co_activation"}
     assert {"val_moe/block_1/load", "val_moe/block_1/experts_per_token"} <= set(tags["histograms"])
+    bars = run.events.Histograms("val_moe/block_1/experts_per_token")[-1].histogram_value
+    assert list(bars.bucket_limit) == [0.5, 1.5, 2.5, 3.5, 4.5]
+    assert list(bars.bucket) == [0, 1, 0, 0, 0], "one expert a token"
     (written, _) = run.events.Tensors("val_moe/block_1/words/text_summary")
     text = written.tensor_proto.string_val[0].decode()
     assert [line.split(":")[0] for line in text.splitlines()] == [f"    expert {expert}" for expert in range(4)]

@@ -41,6 +41,8 @@ def test_a_run_says_what_it_did_and_where_it_lies(workplace):
     assert {"checkpoints", "tensorboard", ".hydra", "summary.json", "train.log"} <= {
         path.name for path in run.iterdir()
     }
+    told = [line.partition(" INFO: ")[2] for line in (run / "train.log").read_text().splitlines()]
+    assert [f"INFO: {line}" for line in told] == log.splitlines()
     assert [phase["steps"] for phase in json.loads((run / "summary.json").read_text())["phases"]] == [2, 8, 10]
 
 
@@ -80,11 +82,13 @@ REFUSED = {
         ["seed=one"],
         ["data.train=nowhere.txt"],
         ["evolution.harden=1"],
+        ["data=hub"],
+        ["trainer.max_steps=0"],
         ["-m", "seed=1,2", "trainer.max_step=3"],
         ["run"],
     ],
     "eval.py": [["split=train"], ["ckpt_path=nowhere.ckpt"]],
-    "generate.py": [["prompt="], ["prompt=a", "temperature=-1"]],
+    "generate.py": [["ckpt_path=last"], ["prompt="], ["prompt=a", "temperature=-1"]],
 }
 
 
@@ -124,7 +128,10 @@ def test_a_run_goes_on_from_the_last_one_under_another_name(workplace, tiny):
     done = call("train.py", "experiment=gpt_dts", *tiny, *more, folder=workplace)
     assert done.status == 0, done.stderr
     assert "Resuming from logs/gpt_dts/first/checkpoints/step_00000020.ckpt" in done.stderr
-    assert list(list_checkpoints(workplace / "logs" / "gpt_dts" / "longer")) == [24]
+    run = workplace / "logs" / "gpt_dts" / "longer"
+    assert list(list_checkpoints(run)) == [24]
+    for text in (done.stderr, (run / "train.log").read_text()):
+        assert re.search(r"WARNING: .*The checkpoint was trained under another plan", text)
 
 
 # -- signals ----------------------------------------------------------------------------------------------------------
@@ -151,14 +158,14 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_does(tiny, tmp_path, signum, 
     assert done.status == status
     assert "Traceback" not in done.stderr
     last = max(list_checkpoints(run))
-    assert f"Stopped by {signum.name} after optimizer step {last}; to go on, add ckpt_path=" in done.stderr
+    assert f"Stopped by {signum.name} after optimizer step {last}; to go on, add run_name=" in done.stderr
     step = torch.load(list_checkpoints(run)[last], weights_only=True)["global_step"]
     assert step == last < 400
 
-    (path,) = re.findall(r"add (ckpt_path=\S+) to the command", done.stderr)
+    (way_on,) = re.findall(r"add run_name=stopped (resume=auto) to the command", done.stderr)
     more = [f"trainer.max_steps={last + 2}" if part == "trainer.max_steps=400" else part for part in long]
     fixed = ["evolution.diversify=1", "evolution.harden=2", "evolution.temperature.length=1", "evolution.noise=null"]
-    resumed = call("train.py", *command, *more, *fixed, path, folder=tmp_path)
+    resumed = call("train.py", *command, *more, *fixed, way_on, folder=tmp_path)
     assert resumed.status == 0, resumed.stderr
     assert max(list_checkpoints(run)) == last + 2
 

@@ -72,7 +72,9 @@ def main() -> None:
         seed, gain, price = int(given["seed"]), float(given.get("+gain", 1)), float(given.get("+price", 1))
         rows = [row(step, seed, gain, price) for step in range(1, int(given.get("trainer.max_steps", 4)) + 1)]
         test = {"test/loss_sparse": rows[-1]["val_loss_sparse"] - 1}
-        (folder / "history.json").write_text(json.dumps({"causal_in_train": True, "rows": rows, "test": test}))
+        (folder / "history.json").write_text(
+            json.dumps({"causal_in_train": True, "steps": rows[-1]["step"], "rows": rows, "test": test})
+        )
 
 
 if __name__ == "__main__":

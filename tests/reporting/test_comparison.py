@@ -74,7 +74,11 @@ def test_equal_flops_and_seconds_are_runs_of_another_length():
     for seed in (1, 2):
         reference, own = (by_budget["flops"][label][seed] for label in ("gpt_switch", "dear"))
         assert own.end["training_flops"] == reference.end["training_flops"]
-        assert own.run.overrides == (*by_budget["steps"]["dear"][seed].run.overrides, "trainer.max_steps=2")
+        assert own.run.overrides == (
+            *by_budget["steps"]["dear"][seed].run.overrides,
+            "trainer.max_steps=2",
+            "trainer.max_epochs=null",
+        )
     assert sum(lives().values()) == 8
 
 

@@ -75,13 +75,20 @@ def test_what_a_result_says():
 def test_a_run_is_finished_once_its_history_ends_with_a_validation(tmp_path):
     run = Run("some", 1, tmp_path / "run", ("experiment=x", "seed=1"))
     write_recipe(run)
-    for rows in (None, [], [{**row(1, 1, 1.0, 1.0), "val_loss_sparse": float("nan")}]):
+    end = row(1, 1, 1.0, 1.0)
+    for rows, steps, message in (
+        (None, 1, "holds no validation: the run needs"),
+        ([], 1, "holds no validation: the run needs"),
+        ([{**end, "val_loss_sparse": None}], 1, "holds no validation: the run needs"),
+        ([end], 3, "ends with a validation at step 1 of 3"),
+        ([{**end, "val_loss_sparse": float("nan")}], 1, "ends with a validation loss of nan: the run diverged"),
+    ):
         if rows is not None:
-            (run.folder / "history.json").write_text(json.dumps({"rows": rows}))
-        with pytest.raises(ConfigError, match=r"history.json holds no validation: the run needs"):
+            (run.folder / "history.json").write_text(json.dumps({"rows": rows, "steps": steps}))
+        with pytest.raises(ConfigError, match=f"history.json {message}"):
             finish(run, {})
         assert not is_finished(run)
-    history = {"rows": [row(1, 1, 1.0, 1.0)], "test": {}, "causal_in_train": False}
+    history = {"rows": [row(1, 1, 1.0, 1.0)], "steps": 1, "test": {}, "causal_in_train": False}
     (run.folder / "history.json").write_text(json.dumps(history))
     finish(run, {"machine": "here"})
     assert is_finished(run)

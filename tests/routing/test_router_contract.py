@@ -494,6 +494,17 @@ def test_state_survives_a_checkpoint(row, train):
 
 
 @every_row
+def test_running_state_stays_in_fp32_where_weights_become_half_precision(row):
+    router = row.build(D, E)
+    before = {name: buffer.clone() for name, buffer in router.named_buffers(recurse=False)}
+    router.to(torch.bfloat16)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in router.parameters())
+    for name, buffer in router.named_buffers(recurse=False):
+        assert buffer.dtype == before[name].dtype
+        assert torch.equal(buffer, before[name])
+
+
+@every_row
 def test_parameters_are_drawn_from_the_global_generator(row):
     first, second = row.build(D, E, seed=5), row.build(D, E, seed=6)
     torch.manual_seed(5)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from evomoe.errors import ConfigError
 from evomoe.models.gpt import GPT
-from evomoe.routing import RoutingInput, SparseRouting, StepStatistics, Switch, TopK
+from evomoe.routing import DenseMoE, RoutingInput, SparseRouting, StepStatistics, Switch, TopK
 from evomoe.tasks import Coefficient, LanguageModeling, Optimization
 from evomoe.tasks.step_counts import StepCounts
 
@@ -210,6 +210,17 @@ def test_global_balance_reaches_the_optimized_loss():
 def test_scope_is_checked():
     with pytest.raises(ConfigError, match=r"task.balance_scope='world' is unknown: expected local or global"):
         make_task(balance_scope="world")
+
+
+def test_global_balance_of_routers_without_a_balance_loss_is_refused():
+    with pytest.raises(ConfigError, match="balance_scope=global needs a balance loss, and DenseMoE has none"):
+        make_task(DenseMoE, balance_scope="global")
+
+
+def test_a_router_that_reads_text_says_when_there_is_none():
+    task = make_task()
+    with pytest.raises(ConfigError, match=r"Recorder reads the training text: fit with a datamodule"):
+        make_trainer().fit(task, Windows().train_dataloader())
 
 
 # Coefficients

@@ -209,12 +209,18 @@ class SafeCheckpoint(Checkpoint):
         highest = torch.tensor(signum, device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(highest, reduce_op="max"))
 
+    def _way_on(self) -> str:
+        """Overrides that continue this run, in its own folder where that is the folder of its name."""
+        run_name = self.config.get("run_name")
+        if run_name == Path(self.run_dir).name:
+            return f"run_name={run_name} resume=auto"
+        return f"ckpt_path={checkpointing.checkpoint_path(self.run_dir, self._step)}"
+
     def _quit(self, trainer: L.Trainer, signum: int) -> None:
         if trainer.is_global_zero:
-            path = checkpointing.checkpoint_path(self.run_dir, self._step)
             name = signal.Signals(signum).name
             print(
-                f"Stopped by {name} after optimizer step {self._step}; to go on, add ckpt_path={path} to the command",
+                f"Stopped by {name} after optimizer step {self._step}; to go on, add {self._way_on()} to the command",
                 file=sys.stderr,
             )
         raise SystemExit(128 + signum)

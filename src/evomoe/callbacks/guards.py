@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from evomoe.errors import NonFiniteError
+from evomoe.routing.processes import alone
 
 
 @dataclass
@@ -119,6 +120,7 @@ def _first_bad_layer(trainer: L.Trainer, pl_module: L.LightningModule, micro: _M
         stack.enter_context(torch.no_grad())
         stack.enter_context(trainer.precision_plugin.train_step_context())
         stack.enter_context(_silenced(pl_module))
+        stack.enter_context(alone())  # the other processes do not repeat it
         pl_module.training_step(micro.batch, micro.index)
     return found[0] if found else None
 

@@ -132,7 +132,8 @@ class History(L.Callback):
 
     The rows travel in the checkpoint: but for the times, a resumed run has those of one that was never stopped. When
     the fit ends they are written to ``history.json`` in the trainer's root folder, and once more with the metrics of a
-    test. The last weights are always validated, whether or not ``val_check_interval`` meets the end of the run.
+    test, with ``steps``, the length of the run. The last weights are validated whether or not ``val_check_interval``
+    meets the end of the run; only a ``check_val_every_n_epoch`` that leaves out the last epoch keeps them from it.
     """
 
     def __init__(self) -> None:
@@ -207,7 +208,12 @@ class History(L.Callback):
     def _write(self, trainer: L.Trainer, test: dict[str, float]) -> None:
         if not trainer.is_global_zero:
             return
-        values = {"causal_in_train": self._causal_in_train, "rows": self.rows, "test": test}
+        values = {
+            "causal_in_train": self._causal_in_train,
+            "steps": trainer.global_step,
+            "rows": self.rows,
+            "test": test,
+        }
         path = Path(trainer.default_root_dir) / HISTORY_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from evomoe.callbacks.bars import write_bars
 from evomoe.routing import SparseRouting
 from evomoe.routing.metrics import brief_metrics
 
@@ -21,7 +22,7 @@ class RoutingMonitor(L.Callback):
     TensorBoard also a histogram of the load, where ``histograms`` is set.
 
     Args:
-        histograms: also log the tokens of each expert as a histogram.
+        histograms: also log the tokens of each expert, per real token, as bars over the experts.
     """
 
     def __init__(self, histograms: bool = False) -> None:
@@ -49,7 +50,7 @@ class RoutingMonitor(L.Callback):
             metrics.update({f"moe/{layer}/{name}": value.float() for name, value in brief.items()})
             if self.histograms and isinstance(trainer.logger, TensorBoardLogger):
                 share = routing.tokens_per_expert / routing.num_tokens.clamp(min=1)
-                trainer.logger.experiment.add_histogram(f"moe/{layer}/load", share, trainer.global_step)
+                write_bars(trainer.logger.experiment, f"moe/{layer}/load", share, trainer.global_step)
         if active:
             metrics["moe/active_experts"] = torch.stack(active).mean()
         pl_module.log_dict(metrics)

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
+from evomoe.callbacks.bars import write_bars
 from evomoe.callbacks.routing_metrics import CoActivation, ExpertLoad, RouterEntropy, WordExperts, active_experts
 from evomoe.callbacks.routing_stability import ExpertSets, Stability
 from evomoe.errors import ConfigError
@@ -185,7 +186,7 @@ class RoutingReport(L.Callback):
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         for layer, values in computed.items():
             for name in ("load", "experts_per_token"):
-                writer.add_histogram(f"val_moe/{layer}/{name}", values[name], step)
+                write_bars(writer, f"val_moe/{layer}/{name}", values[name], step)
             if self.words:
                 lines = specialized_words(values["word_share"], values["word_count"], self.words, tokenizer.decode)
                 # Indented: shown as typed, not as Markdown.

@@ -107,7 +107,8 @@ class Comparison:
 
     def scaled_run_of(self, method: Method, seed: int, budget: str, steps: int) -> Run:
         """The run whose length gives it the reference's FLOPs or seconds."""
-        recipe = merge(self.run_of(method, seed).overrides, [f"{LENGTH_KEY}={steps}"])
+        length = [f"{LENGTH_KEY}={steps}", "trainer.max_epochs=null"]  # epochs must not end it earlier
+        recipe = merge(self.run_of(method, seed).overrides, length)
         return Run(method.label, seed, self.runs / method.label / budget / f"seed_{seed}", tuple(recipe))
 
 

@@ -108,12 +108,20 @@ def finish(run: Run, facts: dict[str, Any]) -> None:
     """Mark the run as finished.
 
     Raises:
-        ConfigError: it left no history that ends with a validation.
+        ConfigError: it left no history that ends with a finite validation of the last weights.
     """
     path = run.folder / HISTORY_FILE
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    if not rows or not math.isfinite(rows[-1][EVALUATION]):
+    history = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
+    rows = history["rows"]
+    if not rows or rows[-1][EVALUATION] is None:
         raise ConfigError(f"{path} holds no validation: the run needs callbacks.history and trainer.limit_val_batches")
+    if rows[-1]["step"] != history["steps"]:
+        raise ConfigError(
+            f"{path} ends with a validation at step {rows[-1]['step']} of {history['steps']}: validate the last epoch"
+            " too (trainer.check_val_every_n_epoch)"
+        )
+    if not math.isfinite(rows[-1][EVALUATION]):
+        raise ConfigError(f"{path} ends with a validation loss of {rows[-1][EVALUATION]}: the run diverged")
     _write(run.folder / RESULT_FILE, facts)
 
 

@@ -45,8 +45,10 @@ def balanced_assignment(scores: Tensor) -> Tensor:
         known = scores[finite] if bool(finite.any()) else scores.new_zeros(1)
         scores = scores.nan_to_num(nan=float(known.min()), posinf=float(known.max()), neginf=float(known.min()))
     prices = _balancing_prices(scores.float())
-    greedy = (scores - prices).argmax(dim=1)
-    exact = _Repair(scores.double().cpu().numpy(), greedy.cpu().numpy()).run()
+    scores = scores.double()
+    # In the precision of the repair, in which a choice that rounding made worse than another would be a gain for ever.
+    greedy = (scores - prices.double()).argmax(dim=1)
+    exact = _Repair(scores.cpu().numpy(), greedy.cpu().numpy()).run()
     return torch.from_numpy(exact).to(scores.device)
 
 
@@ -82,6 +84,7 @@ class _Repair:
         self.scores = scores
         self.expert = expert.copy()
         self.reserve = self.num_experts
+        self.tolerance = 1e-12 * (1 + np.abs(scores).max())  # the last bits of a sum of scores
         nodes = self.num_experts + 1
         self.cost = np.full((nodes, nodes), np.inf)  # what the cheapest move from one node to another loses
         self.mover = np.zeros((nodes, nodes), dtype=np.int64)  # the token of that move
@@ -110,11 +113,11 @@ class _Repair:
         """From any node with too many tokens to any with too few, by Bellman and Ford."""
         distance = np.where(self.excess > 0, 0.0, np.inf)
         before = np.full(distance.size, -1)
-        while True:
+        for _ in range(distance.size):  # a path has no more moves
             through = distance[:, None] + self.cost  # (E + 1, E + 1)
             best = through.argmin(axis=0)
             shorter = through[best, np.arange(distance.size)]
-            improved = shorter < distance - 1e-12
+            improved = shorter < distance - self.tolerance
             if not improved.any():
                 break
             distance = np.where(improved, shorter, distance)

@@ -9,6 +9,7 @@ from torch import Tensor, distributed
 from evomoe.routing.assignment import balanced_assignment
 from evomoe.routing.contract import Router, RoutingInput, SparseRouting
 from evomoe.routing.gate import LinearGate
+from evomoe.routing.processes import world_size
 from evomoe.routing.selection import assign_choices, make_routing
 
 
@@ -53,8 +54,7 @@ class BASELayer(Router):
         """Expert of each token ``(T,)``; that of padding means nothing."""
         real = torch.ones_like(affinity[:, 0], dtype=torch.bool) if valid is None else valid
         expert = torch.zeros(affinity.shape[0], dtype=torch.int64, device=affinity.device)
-        several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-        solve = exchange_and_assign if self.exchange and several else balanced_assignment
+        solve = exchange_and_assign if self.exchange and world_size() > 1 else balanced_assignment
         expert[real] = solve(affinity[real])
         return expert
 

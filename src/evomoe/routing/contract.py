@@ -6,8 +6,9 @@ Shapes: T tokens, D model width, E experts, K experts per token, A assignments (
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -225,6 +226,16 @@ class Router(nn.Module, ABC):
         super().__init__()
         self.d_model = d_model
         self.num_experts = num_experts
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Keep running state in fp32 where the weights become half precision: small steps would be rounded away."""
+        state = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in state.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = moved.float() if buffer.is_meta else buffer.to(moved.device)
+        return self
 
     @abstractmethod
     def forward(self, inputs: RoutingInput) -> Routing:

@@ -79,6 +79,13 @@ class MoETask(L.LightningModule):
                         f"router.loss_coefficients.{name}={coefficient}: {type(layer.router).__name__} has no such "
                         f"loss (it has: {known}); name one of them or set the coefficient to 0"
                     )
+        if balance_scope == "global" and not any(
+            "balance" in layer.router.loss_names for layer in model.moe_layers.values()
+        ):
+            names = (
+                ", ".join(sorted({type(layer.router).__name__ for layer in model.moe_layers.values()})) or "no router"
+            )
+            raise ConfigError(f"task.balance_scope=global needs a balance loss, and {names} has none: set it to local")
         self._schedules: dict[str, Schedule] = {}
         self._counts = StepCounts()
 
@@ -86,7 +93,11 @@ class MoETask(L.LightningModule):
         """Show the training text to the routers that ask for it; a checkpoint is restored after this."""
         readers = [layer.router for layer in self.model.moe_layers.values() if layer.router.reads_corpus]
         if stage == "fit" and readers:
-            token_ids = self.trainer.datamodule.training_ids()  # type: ignore[attr-defined]
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            if not hasattr(data, "training_ids"):
+                names = ", ".join(sorted({type(router).__name__ for router in readers}))
+                raise ConfigError(f"{names} reads the training text: fit with a datamodule that has training_ids()")
+            token_ids = data.training_ids()
             for router in readers:
                 router.read_corpus(token_ids)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 from evomoe.routing import Balance, SparseRouting, StepStatistics
+from evomoe.routing.processes import world_size
 
 
 @dataclass
@@ -36,7 +37,7 @@ class StepCounts:
         rows = routing.tokens_per_expert.sum()
         parts = [routing.load, rows[None], routing.num_tokens[None], balance_load]
         counts = torch.cat(parts)  # (E + 2 + E')
-        if distributed.is_available() and distributed.is_initialized():
+        if world_size() > 1:
             distributed.all_reduce(counts)
         load, rows, tokens, balance_load = counts.split([part.numel() for part in parts])
         before = self._layers.get(layer)

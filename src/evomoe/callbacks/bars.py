@@ -1,0 +1,28 @@
+"""Counts by number as histograms of TensorBoard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def write_bars(writer: Any, key: str, values: Tensor, step: int) -> None:
+    """Write ``values (N,)``, not negative, as a histogram whose bucket i, around the number i, holds the i-th of them.
+
+    ``SummaryWriter.add_histogram`` would take them for samples, and show how often each value occurs.
+    """
+    counts = values.double().cpu()
+    numbers = torch.arange(counts.numel(), dtype=torch.double)
+    writer.add_histogram_raw(
+        key,
+        min=-0.5,
+        max=counts.numel() - 0.5,
+        num=float(counts.sum()),
+        sum=float((counts * numbers).sum()),
+        sum_squares=float((counts * numbers.square()).sum()),
+        bucket_limits=(numbers + 0.5).tolist(),
+        bucket_counts=counts.tolist(),
+        global_step=step,
+    )

@@ -79,12 +79,9 @@ class MoETask(L.LightningModule):
                         f"router.loss_coefficients.{name}={coefficient}: {type(layer.router).__name__} has no such "
                         f"loss (it has: {known}); name one of them or set the coefficient to 0"
                     )
-        if balance_scope == "global" and not any(
-            "balance" in layer.router.loss_names for layer in model.moe_layers.values()
-        ):
-            names = (
-                ", ".join(sorted({type(layer.router).__name__ for layer in model.moe_layers.values()})) or "no router"
-            )
+        routers = [layer.router for layer in model.moe_layers.values()]
+        if balance_scope == "global" and not any("balance" in router.loss_names for router in routers):
+            names = ", ".join(sorted({type(router).__name__ for router in routers})) or "a dense model"
             raise ConfigError(f"task.balance_scope=global needs a balance loss, and {names} has none: set it to local")
         self._schedules: dict[str, Schedule] = {}
         self._counts = StepCounts()

@@ -10,6 +10,7 @@ from rich.progress import Progress
 
 from evomoe.data.corpus import SPLITS, Piece, text_key
 from evomoe.data.text_files import TextFileCorpus
+from evomoe.data.token_store import TokenStore
 from evomoe.errors import ConfigError
 
 
@@ -155,3 +156,29 @@ class TestErrors:
         with pytest.raises(ConfigError, match=message) as caught:
             read(TextFileCorpus(path), "train")
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "message"),
+    [
+        (
+            "A short text.\n" * 130,
+            [],
+            "the training text is too short to hold out a validation split: give more text, or data.val=FILE "
+            "data.test=FILE",
+        ),
+        (
+            "A short text.\n" * 130,
+            ["val"],
+            "the training text is too short to hold out a test split: give more text, or data.test=FILE",
+        ),
+        ("", [], "data.train holds no text; give files with text"),
+        (" \n\n", ["val", "test"], "data.train holds no text; give files with text"),
+    ],
+    ids=["short", "short with val", "empty", "blank"],
+)
+def test_a_short_text_is_told_from_an_empty_one(tmp_path: Path, text: str, given: list[str], message: str) -> None:
+    path = write(tmp_path / "a.txt", text)
+    with pytest.raises(ConfigError) as caught:
+        TokenStore.build(TextFileCorpus(path, **dict.fromkeys(given, path)), 300, tmp_path / "cache")
+    assert str(caught.value) == message

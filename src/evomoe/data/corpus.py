@@ -32,7 +32,7 @@ class Corpus(ABC):
     """Text in three splits, `train`, `val` and `test`."""
 
     # What a user whose split came out empty can do; ends an error message.
-    remedy = "give files with text, or a larger data.holdout if the split is held out of the training text"
+    remedy = "give files with text"
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -46,6 +46,10 @@ class Corpus(ABC):
             split: One of `SPLITS`.
             progress: Where the reading is shown.
         """
+
+    def explain_empty(self, split: str) -> str:
+        """Say why a split holds no text, and what to do about it."""
+        return f"data.{split} holds no text; {self.remedy}"
 
     def notes(self) -> dict[str, int]:
         """Return counts worth keeping about the reading, such as skipped files; complete once every split is read."""
@@ -115,12 +119,27 @@ class HoldOut:
         self.fraction = fraction
         if self.missing and not 0 < fraction <= 0.25:
             raise ConfigError(f"data.holdout={fraction} must be above 0 and at most 0.25; try data.holdout=0.05")
+        self._saw_text = False
 
     def select(self, split: str, pieces: Iterable[Piece]) -> Iterator[Piece]:
         """Keep the pieces of one split; a gap between kept pieces ends the document."""
         return _keep(pieces, lambda text: self._split_of(text) == split) if self.missing else iter(pieces)
 
+    def explain_empty(self, split: str, source: str) -> str | None:
+        """Why a split that :meth:`select` has gone through is empty; None where holding out is not to blame.
+
+        Args:
+            split: The empty split.
+            source: What a user gives for a split, in capitals.
+        """
+        if not self._saw_text or split not in ("train", *self.missing):
+            return None
+        name = {"val": "validation", "test": "test"}[split if split in self.missing else self.missing[0]]
+        given = " ".join(f"data.{missing}={source}" for missing in self.missing)
+        return f"the training text is too short to hold out a {name} split: give more text, or {given}"
+
     def _split_of(self, text: str) -> str:
+        self._saw_text = self._saw_text or bool(text.strip())
         index = int(unit_hash(normalise(text), "holdout") / self.fraction)
         return self.missing[index] if index < len(self.missing) else "train"
 

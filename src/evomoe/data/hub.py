@@ -32,6 +32,8 @@ class HubCorpus(Corpus):
             column does not exist.
     """
 
+    remedy = "choose a split with text"
+
     def __init__(
         self,
         name: str,
@@ -80,6 +82,10 @@ class HubCorpus(Corpus):
         if split in self._splits and split != "train":
             return self._read(split, progress)
         return self._holdout.select(split, self._read("train", progress))
+
+    def explain_empty(self, split: str) -> str:
+        """Tell a text too short to hold a split out of from one that is empty."""
+        return self._holdout.explain_empty(split, "SPLIT") or super().explain_empty(split)
 
     def _read(self, split: str, progress: Progress) -> Iterator[Piece]:
         texts = self._texts(split, progress)

@@ -69,6 +69,10 @@ class TextFileCorpus(Corpus):
             return self._read(split, progress)
         return self._holdout.select(split, self._read("train", progress))
 
+    def explain_empty(self, split: str) -> str:
+        """Tell a text too short to hold a split out of from one that is empty."""
+        return self._holdout.explain_empty(split, "FILE") or super().explain_empty(split)
+
     def _read(self, split: str, progress: Progress) -> Iterator[Piece]:
         files = self._files[split]
         for file in track(progress, files, len(files), f"reading {split}"):

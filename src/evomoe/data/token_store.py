@@ -180,7 +180,7 @@ def _write(draft: Path, corpus: Corpus, vocab_size: int, identity: dict[str, Any
                 if split == "train":
                     sample.add(piece.text)
             if blank:
-                raise ConfigError(f"data.{split} holds no text; {corpus.remedy}")
+                raise ConfigError(corpus.explain_empty(split))
 
         task = progress.add_task("training the tokenizer", total=None)
         tokenizer = Tokenizer.train(sample.texts, vocab_size)

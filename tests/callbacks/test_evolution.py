@@ -267,3 +267,11 @@ def test_a_test_of_an_earlier_checkpoint_uses_the_values_of_its_step() -> None:
     assert callback.state.phase == "sparsify"
     assert callback.state.temperature == Schedule(2.0, 0.1, 8, "exponential").at(2)
     assert not moe_layers(task)[0][1].router.hardened
+
+
+def test_a_plan_is_described_in_one_line() -> None:
+    decayed = Evolution(diversify=4, harden=30, temperature=Decay(2.0, 0.1, 8, "exponential")).make_plan(40)
+    line = "diversify [0, 4); sparsify [4, 30), temperature 2 to 0.1 (exponential) over 8; hardened [30, 40)"
+    assert decayed.describe() == line
+    assert Evolution(diversify=4).make_plan(40).describe() == "diversify [0, 4); sparsify [4, 40)"
+    assert Evolution(harden=4).make_plan(40).describe() == "sparsify [0, 4); hardened [4, 40)"

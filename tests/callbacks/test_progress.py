@@ -110,6 +110,12 @@ class TestLines:
         ]
         assert lines[-1].endswith("left 0:00:00")
 
+    def test_a_temperature_without_decay_is_left_out(self, tmp_path, capsys):
+        evolution = FakeEvolution()
+        evolution.temperature = None
+        fit(tmp_path, evolution, EvolutionProgress(refresh_seconds=0))
+        assert "temperature" not in capsys.readouterr().out
+
     def test_evaluation_lines(self, tmp_path, capsys):
         trainer = fit(tmp_path, EvolutionProgress(refresh_seconds=0), steps=2)
         assert "validation 1/2\nvalidation 2/2\n" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from evomoe.callbacks.evolution import Evolution, EvolutionState
+from evomoe.callbacks.evolution import Decay, Evolution, EvolutionState
 from evomoe.routing import SparseRouting
 
 EXPERTS, SEQUENCE = 3, 4
@@ -25,7 +25,7 @@ class FakeEvolution(Evolution):
     """Only tells the phase; there are no MoE layers to evolve."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(temperature=Decay(2.0, 0.75, 5))
         self.state = EvolutionState("diversify", 2.0, 1.0)
 
     def setup(self, trainer, pl_module, stage) -> None: ...

@@ -90,6 +90,18 @@ def test_one_seed_has_no_deviation(tmp_path):
     assert text.count("## Equal training FLOPs") == 1
 
 
+def test_a_single_validation_says_nothing_of_the_way_to_it(tmp_path):
+    found = results(tmp_path)
+    for of_method in found.values():
+        for one in of_method.values():
+            del one.rows[:-1]
+    text = write_table(comparison(tmp_path), {"steps": found}, "python compare.py")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert [line[lines[0].index("at the end")] for line in lines[2:5]] == ["-", "-", "-"]
+    assert lines[-3:] == [[label, "-", "-", "-", "-"] for label in ("evolved", "switch", "dense")]
+    assert lines[2][1] == "6.1500 ± 2.8991"
+
+
 def test_words_of_a_spread():
     assert words(Spread(1.25, 0.5), ".2f") == "1.25 ± 0.50"
     assert words(Spread(-1.25, 0.5), "+.1f") == "-1.2 ± 0.5"

@@ -21,6 +21,9 @@ from evomoe.run_length import to_steps, total_steps
 PHASES = ("diversify", "sparsify", "hardened")
 """Logged as ``evolution/phase`` by their index."""
 
+UNSCHEDULED = Schedule(1.0, 1.0, 0)
+"""Of a value that has no decay."""
+
 
 @dataclass(frozen=True)
 class Decay:
@@ -85,11 +88,13 @@ class EvolutionPlan:
     def describe(self) -> str:
         """The plan in one line."""
         parts = [f"diversify [0, {self.spawn_at})"] if self.spawn_at else []
-        temperature = f"temperature {self.temperature.start:g} to {self.temperature.end:g}"
-        parts.append(
-            f"sparsify [{self.spawn_at}, {self.total if self.harden_at is None else self.harden_at}), {temperature} "
-            f"({self.temperature.shape}) over {self.temperature.length}"
-        )
+        sparsify = f"sparsify [{self.spawn_at}, {self.total if self.harden_at is None else self.harden_at})"
+        if self.temperature != UNSCHEDULED:
+            sparsify += (
+                f", temperature {self.temperature.start:g} to {self.temperature.end:g} "
+                f"({self.temperature.shape}) over {self.temperature.length}"
+            )
+        parts.append(sparsify)
         if self.harden_at is not None:
             parts.append(f"hardened [{self.harden_at}, {self.total})")
         return "; ".join(parts)
@@ -161,7 +166,7 @@ class Evolution(L.Callback):
 
     def _schedule(self, name: str, decay: Decay | None, spawn_at: int, total: int) -> Schedule:
         if decay is None:
-            return Schedule(1.0, 1.0, 0)
+            return UNSCHEDULED
         length = to_steps(f"evolution.{name}.length", decay.length, total)
         if spawn_at + length > max(total, 1):
             raise ConfigError(

@@ -18,7 +18,7 @@ class RunStatus:
 
     Args:
         phase: ``diversify``, ``sparsify``, ``hardened``, or ``train`` without an evolution.
-        temperature: of the gate; None while one expert trains alone.
+        temperature: of the gate; None while one expert trains alone, and where it has no decay.
         loss: last training loss of the task.
         val_loss: last validation loss.
         active_experts: mean number of experts that work for a token.
@@ -48,10 +48,16 @@ class RunStatus:
         return parts
 
 
+def evolution_of(trainer: L.Trainer) -> Evolution | None:
+    """The run's evolution, if it has one."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, Evolution)), None)
+
+
 def evolution_state(trainer: L.Trainer) -> EvolutionState | None:
     """State of the run's evolution at the current optimizer step; None in a run without one."""
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback.state for callback in callbacks if isinstance(callback, Evolution)), None)
+    evolution = evolution_of(trainer)
+    return None if evolution is None else evolution.state
 
 
 def phase_of(trainer: L.Trainer) -> str:
@@ -62,6 +68,8 @@ def phase_of(trainer: L.Trainer) -> str:
 
 def read_status(trainer: L.Trainer) -> RunStatus:
     """Gather the status during training. It waits for the device: call it a few times a second at most."""
+    evolution = evolution_of(trainer)
+    decays = evolution is not None and evolution.temperature is not None
     state = evolution_state(trainer)
     metrics = trainer.callback_metrics
 
@@ -70,7 +78,7 @@ def read_status(trainer: L.Trainer) -> RunStatus:
 
     return RunStatus(
         phase=phase_of(trainer),
-        temperature=None if state is None or state.phase == "diversify" else state.temperature,
+        temperature=state.temperature if state and decays and state.phase != "diversify" else None,
         loss=value("train/loss"),
         val_loss=value("val/loss"),
         active_experts=value("moe/active_experts"),

@@ -59,7 +59,7 @@ def quality_table(comparison: Comparison, results: Results) -> str:
         ("training TFLOPs", ".4g", lambda result: result.end["training_flops"] / 1e12),
         (f"{comparison.clock.replace('cpu', 'CPU')} s", ".1f", lambda result: result.end[seconds]),
         ("active experts", ".2f", lambda result: result.active_experts),
-        ("at the end", ".2f", lambda result: result.end["active_experts"]),
+        ("at the end", ".2f", lambda result: result.end["active_experts"] if has_course(result) else None),
         ("MaxVio", ".2f", lambda result: result.max_violation),
         *((name, ".3f", partial(Result.router_metric, name=name)) for name in comparison.columns),
     ]
@@ -92,14 +92,23 @@ def reach_table(comparison: Comparison, results: Results) -> str:
     reference = results[comparison.reference]
     rows = []
     for label, of_method in _in_order(comparison, results):
-        seeds = [seed for seed in of_method if seed in reference]
+        seeds = [
+            seed
+            for seed in of_method
+            if seed in reference and has_course(of_method[seed]) and has_course(reference[seed])
+        ]
         spent = [
             [ratio_to_reach(of_method[seed], reference[seed], comparison.cost(name)) for seed in seeds]
             for name in COSTS
         ]
-        reached = sum(ratio is not None for ratio in spent[0])
-        rows.append([label, *(words(Spread.of(ratios), ".3f") for ratios in spent), f"{reached} of {len(seeds)}"])
+        reached = f"{sum(ratio is not None for ratio in spent[0])} of {len(seeds)}" if seeds else "-"
+        rows.append([label, *(words(Spread.of(ratios), ".3f") for ratios in spent), reached])
     return markdown(["method", *COSTS.values(), "seeds that reached it"], rows)
+
+
+def has_course(result: Result) -> bool:
+    """Whether a run was validated more than once: a single row says nothing of the way to its end."""
+    return len(result.rows) > 1
 
 
 def ratio_to_reach(own: Result, reference: Result, cost: str) -> float | None:

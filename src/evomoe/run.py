@@ -281,7 +281,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     measure = trainer.validate if config.split == "val" else trainer.test
     measure(restored.task, datamodule=data, verbose=False)
     values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    table = Table(title=f"{restored.path}, step {restored.step}, {config.split} split")
+    print(restored.path)
+    table = Table(title=f"step {restored.step}, {config.split} split")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in values.items():

@@ -49,6 +49,7 @@ def test_a_run_says_what_it_did_and_where_it_lies(workplace):
 def test_eval_measures_the_last_run(workplace):
     done = call("eval.py", "ckpt_path=last", "split=test", "limit_batches=2", folder=workplace)
     assert done.status == 0, done.stderr
+    assert "logs/gpt_dts/first/checkpoints/step_00000020.ckpt" in done.stdout.splitlines()
     losses = dict(re.findall(r"(test/[\w_]+)\s*│\s*([\d.]+)", done.stdout))
     trained = dict(
         re.findall(r"(\w+) (\d[\d.]+)", re.search(r"^test .*$", (workplace / "train.txt").read_text(), re.M)[0])

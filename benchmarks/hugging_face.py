@@ -12,12 +12,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from report import Check, Section, median_ratio, table
+from report import Check, Section, median_ratio
 from steps import LOG_EVERY, OPTIMIZATION, VOCABULARY, Setting, default_callbacks, fit
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+from evomoe.callbacks.summary import markdown
 from evomoe.models.gpt import GPT
 from evomoe.tasks import LanguageModeling
 
@@ -64,7 +65,7 @@ def measure_hugging_face(setting: Setting) -> Section:
         1.3,
         at_least=True,
     )
-    return Section(title + words + table(["fit", "ms", "tokens/s", "time to ours"], rows), [check])
+    return Section(title + words + markdown(["fit", "ms", "tokens/s", "time to ours"], rows), [check])
 
 
 def mixtral(model: GPT, setting: Setting, experts: str) -> nn.Module:

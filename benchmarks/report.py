@@ -55,12 +55,6 @@ def median_ratio(mine: Sequence[float], base: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(mine, base, strict=True))
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, all columns but the first aligned to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def facts(device: str, *others: str) -> str:
     """Command, date, machine and versions as Markdown list items.
 

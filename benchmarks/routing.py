@@ -20,10 +20,11 @@ from typing import Any
 import hydra
 import numpy as np
 import torch
-from report import facts, table
+from report import facts
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from evomoe.callbacks.summary import markdown
 from evomoe.cli import instantiate
 from evomoe.moe import MoELayer
 from evomoe.routing import RoutingInput, ScheduleValues, SparseRouting
@@ -74,7 +75,7 @@ def compare_solvers(tokens: int, rounds: int) -> str:
                 [f"E={num_experts}, {name}", f"{ours:.1f}", f"{scipy:.0f}", f"{scipy / ours:.0f}", f"{gap:.1e}"]
             )
     header = [f"T={tokens}", "ours ms", "SciPy ms", "SciPy to ours", "gap to SciPy's optimum"]
-    return f"### Balanced assignment\n\n{table(header, rows)}"
+    return f"### Balanced assignment\n\n{markdown(header, rows)}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -149,7 +150,7 @@ def compare_routers(tokens: int, d_model: int, d_expert: int, num_experts: int, 
         "layer ms",
         "share",
     ]
-    return f"### Routers, forward and backward, at initialisation\n\n{table(header, rows)}"
+    return f"### Routers, forward and backward, at initialisation\n\n{markdown(header, rows)}"
 
 
 def finish(routing: SparseRouting, total: Tensor) -> None:

@@ -21,11 +21,12 @@ from pathlib import Path
 import lightning as L
 import torch
 from hugging_face import measure_hugging_face
-from report import Check, Section, facts, median_ratio, table
+from report import Check, Section, facts, median_ratio
 from steps import LOG_EVERY, OPTIMIZATION, Batch, Setting, Size, bare_step, default_callbacks, fit
 
 from evomoe.callbacks import Evolution
 from evomoe.callbacks.evolution import Decay
+from evomoe.callbacks.summary import markdown
 from evomoe.routing import Routing, ScheduleValues
 from evomoe.tasks import LanguageModeling
 
@@ -93,7 +94,7 @@ def measure_phases(setting: Setting) -> Section:
         Check("diversify phase to dense", name, median_ratio(times["DTS, diversify"], dense), 1.10),
         Check("hardened phase to dropless Switch", name, median_ratio(times["DTS, hardened"], switch), 1.15),
     ]
-    return Section(f"### Phases, bare PyTorch loop, {name}\n\n{table(header, rows)}", checks)
+    return Section(f"### Phases, bare PyTorch loop, {name}\n\n{markdown(header, rows)}", checks)
 
 
 def put(task: LanguageModeling, values: ScheduleValues, live: int | None = None) -> LanguageModeling:
@@ -185,7 +186,7 @@ def measure_lightning(setting: Setting) -> Section:
         Check("Lightning to the bare loop", name, lightning, 1.03),
         Check("monitored to plain Lightning", name, monitored / lightning, 1.02),
     ]
-    return Section(f"### Lightning and monitoring, {name}\n\n{table(header, rows)}", checks)
+    return Section(f"### Lightning and monitoring, {name}\n\n{markdown(header, rows)}", checks)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -237,7 +238,7 @@ def main() -> None:
         + facts(args.device, f"lightning {L.__version__}", f"{args.precision}, {args.clock} time, {rounds} rounds")
         + "".join(f"- {size.name}: {size.batch} sequences of {size.context} tokens a step\n" for size in sizes)
         + "\n"
-        + table(["ratio of times", "size", "measured", "target", ""], checks)
+        + markdown(["ratio of times", "size", "measured", "target", ""], checks)
     )
     print(head)
     if args.output:

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -163,11 +163,10 @@ class RunSummary(L.Callback):
         """Write ``summary.json`` and ``summary.md`` to ``folder``."""
         values = self.as_dict()
         header, *rows = table_of(values)
-        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "summary.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        (folder / "summary.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")
+        (folder / "summary.md").write_text(markdown(header, rows), encoding="utf-8")
 
     def _fetch(self) -> None:
         """Bring the counts and losses of the current phase to the host."""
@@ -244,6 +243,12 @@ def table_of(values: Mapping[str, Any]) -> list[list[str]]:
         if any(column[key] is not None for column in columns):
             rows.append([title, *("-" if column[key] is None else words(column[key]) for column in columns)])
     return rows
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, all columns but the first aligned to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def print_closing(

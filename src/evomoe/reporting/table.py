@@ -6,10 +6,11 @@ import csv
 import math
 import shlex
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 
+from evomoe.callbacks.summary import markdown
 from evomoe.reporting.plan import Comparison
 from evomoe.reporting.results import Result, Spread, cost_to_reach
 
@@ -198,9 +199,3 @@ def words(spread: Spread | None, form: str) -> str:
     if not spread.deviation:
         return mean
     return f"{mean} ± {format(spread.deviation, '.1g' if form.endswith('g') else form.replace('+', ''))}"
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, all columns but the first aligned to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -18,12 +18,9 @@ from evomoe.routing.locality import (
 )
 from evomoe.routing.losses import switch_balance
 from evomoe.routing.selection import (
-    assign_choices,
-    capacity_per_expert,
+    assign_within_capacity,
     check_capacity_factor,
-    count_tokens,
     make_routing,
-    within_capacity,
 )
 
 
@@ -90,14 +87,8 @@ class LocMoE(Router):
         expert = pooled.argmax(dim=1, keepdim=True)  # (T, 1)
         weight = probabilities.gather(1, expert)
 
-        assignments = assign_choices(expert, weight, self.num_experts, inputs.valid)
-        wanted = None
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        if factor is not None:
-            wanted = assignments[2]
-            capacity = capacity_per_expert(count_tokens(inputs.valid, inputs.hidden), self.num_experts, 1, factor)
-            keep = within_capacity(expert, capacity, inputs.valid)
-            assignments = assign_choices(expert, weight, self.num_experts, keep)
+        assignments, wanted = assign_within_capacity(inputs, expert, weight, self.num_experts, factor)
         routing = make_routing(inputs, assignments, probabilities, wanted)
         balance = switch_balance(routing.scores, routing.load, routing.num_tokens)
         return replace(

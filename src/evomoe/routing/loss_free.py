@@ -12,7 +12,7 @@ from torch import Tensor
 from evomoe.errors import ConfigError
 from evomoe.routing.contract import Router, RoutingInput, SparseRouting, StepStatistics
 from evomoe.routing.gate import LinearGate
-from evomoe.routing.selection import assign_choices, check_top_k, make_routing
+from evomoe.routing.selection import assign_choices, check_renormalize, check_top_k, make_routing
 
 SCORES = ("sigmoid", "softmax")
 
@@ -64,10 +64,7 @@ class LossFreeBias(Router):
         check_top_k(top_k, num_experts)
         if scores not in SCORES:
             raise ConfigError(f"router scores={scores!r} is unknown: expected sigmoid or softmax")
-        if renormalize and top_k == 1 and num_experts > 1:
-            raise ConfigError(
-                "router renormalize=true with top_k=1 leaves the gate without gradient: set renormalize=false"
-            )
+        check_renormalize(renormalize, top_k, num_experts)
         for name, value in (("scaling_factor", scaling_factor), ("update_rate", update_rate)):
             if not 0 < value < math.inf:
                 raise ConfigError(f"router {name}={value}: expected a finite value above 0")

@@ -83,6 +83,28 @@ def within_capacity(expert: Tensor, capacity: Tensor | int, valid: Tensor | None
     return served if priority == "token" else served.t()
 
 
+def assign_within_capacity(
+    inputs: RoutingInput,
+    expert: Tensor,
+    weight: Tensor,
+    num_experts: int,
+    factor: float | None,
+    priority: str = "token",
+) -> tuple[Assignments, Tensor | None]:
+    """Assignments under a capacity of ``factor * T * K / E`` places per expert, and the load before it, ``(E,)``.
+
+    Without a factor nothing is dropped, and the load before it is None. See :func:`assign_choices` and
+    :func:`within_capacity` for the other arguments.
+    """
+    assignments = assign_choices(expert, weight, num_experts, inputs.valid)
+    if factor is None:
+        return assignments, None
+    num_tokens = count_tokens(inputs.valid, inputs.hidden)
+    capacity = capacity_per_expert(num_tokens, num_experts, expert.shape[1], factor)
+    keep = within_capacity(expert, capacity, inputs.valid, priority)
+    return assign_choices(expert, weight, num_experts, keep), assignments[2]
+
+
 def capacity_per_expert(num_tokens: Tensor, num_experts: int, top_k: int, factor: float) -> Tensor:
     """Places per expert, ``ceil(T * K / E * factor)`` over real tokens, as a 0-dim tensor (at least 1)."""
     places = num_tokens.double() * top_k * factor / num_experts
@@ -130,6 +152,14 @@ def check_top_k(top_k: int, num_experts: int) -> None:
     """Refuse a number of experts per token that cannot be had."""
     if not 1 <= top_k <= num_experts:
         raise ConfigError(f"top_k={top_k} with {num_experts} experts: expected 1 <= top_k <= num_experts")
+
+
+def check_renormalize(renormalize: bool, top_k: int, num_experts: int) -> None:
+    """Refuse weights that are 1 whatever the gate says."""
+    if renormalize and top_k == 1 and num_experts > 1:
+        raise ConfigError(
+            "router renormalize=true with top_k=1 leaves the gate without gradient: set renormalize=false"
+        )
 
 
 def check_capacity_factor(name: str, factor: float | None) -> None:

@@ -12,13 +12,11 @@ from evomoe.routing.contract import Router, RoutingInput, SparseRouting
 from evomoe.routing.gate import Gate, LinearGate
 from evomoe.routing.losses import switch_balance, z_loss
 from evomoe.routing.selection import (
-    assign_choices,
-    capacity_per_expert,
+    assign_within_capacity,
     check_capacity_factor,
+    check_renormalize,
     check_top_k,
-    count_tokens,
     make_routing,
-    within_capacity,
 )
 
 
@@ -69,10 +67,7 @@ class TopK(Router):
         check_capacity_factor("router eval_capacity_factor", eval_capacity_factor)
         if priority not in ("token", "choice"):
             raise ConfigError(f"router priority={priority!r} is unknown: expected token or choice")
-        if renormalize and top_k == 1 and num_experts > 1:
-            raise ConfigError(
-                "router renormalize=true with top_k=1 leaves the gate without gradient: set renormalize=false"
-            )
+        check_renormalize(renormalize, top_k, num_experts)
         self.top_k = top_k
         self.renormalize = renormalize
         self.capacity_factor = capacity_factor
@@ -101,15 +96,8 @@ class TopK(Router):
         if self.renormalize:
             weight = weight / weight.sum(dim=1, keepdim=True)
 
-        assignments = assign_choices(expert, weight, self.num_experts, inputs.valid)
-        wanted = None
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        if factor is not None:
-            wanted = assignments[2]
-            num_tokens = count_tokens(inputs.valid, inputs.hidden)
-            capacity = capacity_per_expert(num_tokens, self.num_experts, self.top_k, factor)
-            keep = within_capacity(expert, capacity, inputs.valid, self.priority)
-            assignments = assign_choices(expert, weight, self.num_experts, keep)
+        assignments, wanted = assign_within_capacity(inputs, expert, weight, self.num_experts, factor, self.priority)
         routing = make_routing(inputs, assignments, probabilities, wanted)
         balance = switch_balance(routing.scores, routing.load, routing.num_tokens, self.top_k)
         return replace(

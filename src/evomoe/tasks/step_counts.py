@@ -5,21 +5,13 @@ Shapes: E experts, E' experts and those without computation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, distributed
 
 from evomoe.routing import Balance, SparseRouting, StepStatistics
 from evomoe.routing.processes import world_size
-
-
-@dataclass
-class _LayerCounts:
-    load: Tensor  # (E,)
-    rows: Tensor  # ()
-    tokens: Tensor  # ()
-    balance_load: Tensor  # (E')
 
 
 class StepCounts:
@@ -29,40 +21,35 @@ class StepCounts:
     """
 
     def __init__(self) -> None:
-        self._layers: dict[str, _LayerCounts] = {}
+        self._sums: dict[str, Tensor] = {}  # by layer: rows, tokens, load (E), load of the balance loss (E')
+        self._experts: dict[str, int] = {}
 
     def add(self, layer: str, routing: SparseRouting) -> None:
         """Count one micro-batch of one layer; every process must call it, as the counts are summed over processes."""
         balance_load = routing.load if routing.balance is None else routing.balance.load
         rows = routing.tokens_per_expert.sum()
-        parts = [routing.load, rows[None], routing.num_tokens[None], balance_load]
-        counts = torch.cat(parts)  # (E + 2 + E')
+        counts = torch.cat([rows[None], routing.num_tokens[None], routing.load, balance_load])  # (2 + E + E')
         if world_size() > 1:
             distributed.all_reduce(counts)
-        load, rows, tokens, balance_load = counts.split([part.numel() for part in parts])
-        before = self._layers.get(layer)
-        if before is None:
-            self._layers[layer] = _LayerCounts(load, rows[0], tokens[0], balance_load)
-        else:
-            self._layers[layer] = _LayerCounts(
-                before.load + load,
-                before.rows + rows[0],
-                before.tokens + tokens[0],
-                before.balance_load + balance_load,
-            )
+        self._sums[layer] = self._sums[layer] + counts if layer in self._sums else counts
+        self._experts[layer] = routing.load.numel()
 
     def spread(self, layer: str, balance: Balance) -> Balance:
         """The prices of ``balance`` for the load of all that was counted."""
-        counts = self._layers[layer]
-        return replace(balance, load=counts.balance_load, tokens=counts.tokens)
+        counts = self._sums[layer]
+        return replace(balance, load=counts[2 + self._experts[layer] :], tokens=counts[1])
 
     def statistics(self) -> dict[str, StepStatistics]:
         """What each layer's router is told after the optimizer step."""
-        rows = sum((counts.rows for counts in self._layers.values()), torch.tensor(0))
-        tokens = sum((counts.tokens for counts in self._layers.values()), torch.tensor(0))
+        if not self._sums:
+            return {}
+        rows, tokens = torch.stack([counts[:2] for counts in self._sums.values()]).sum(dim=0)
         active = rows / tokens.clamp(min=1)
-        return {layer: StepStatistics(counts.load, counts.tokens, active) for layer, counts in self._layers.items()}
+        return {
+            layer: StepStatistics(counts[2 : 2 + self._experts[layer]], counts[1], active)
+            for layer, counts in self._sums.items()
+        }
 
     def clear(self) -> None:
         """Begin the next optimizer step."""
-        self._layers.clear()
+        self._sums.clear()

@@ -171,8 +171,17 @@ def check_missing(config: DictConfig) -> None:
     Raises:
         ConfigError: naming the first key that is still ``???``.
     """
-    for key in sorted(OmegaConf.missing_keys(config) - FILLED_BY_RUN):
+    # Not OmegaConf.missing_keys: it fails at a reference to a value that the run fills.
+    for key in sorted(set(_missing_keys(OmegaConf.to_container(config))) - FILLED_BY_RUN):
         raise ConfigError(f"{key} is missing: add {key}=...")
+
+
+def _missing_keys(node: Any, key: str = "") -> Iterator[str]:
+    if node == "???":
+        yield key
+    elif isinstance(node, dict | list):
+        for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _missing_keys(value, f"{key}.{name}" if key else str(name))
 
 
 def _check_folder(folder: Path) -> None:

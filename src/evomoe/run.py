@@ -71,7 +71,7 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     data.prepare_data()
     data.setup("fit")
     with open_dict(config):
-        config.model.vocab_size = data.vocab_size
+        config.model.update(data.model_sizes())
     if resume_from is not None:
         _check_same_method(config, resume_from)
     L.seed_everything(config.seed, workers=True, verbose=False)  # building a corpus draws nothing that the model sees

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from evomoe.callbacks import RoutingReport
 from evomoe.callbacks.routing_report import specialized_words
 from evomoe.errors import ConfigError
+from evomoe.routing import Words
 
 SETTING = ["callbacks.report.figures=true", "test=false", "callbacks.samples=null"]
 SCALARS = {
@@ -178,8 +179,9 @@ def test_batches_without_padding_validated_outside_a_fit():
     report = RoutingReport()
     for _ in range(2):  # the second validation begins anew
         report.on_validation_epoch_start(trainer, module)
-        outputs = {"final_routings": [routing_of(active)]}
-        report.on_validation_batch_end(trainer, module, outputs, {"tokens": torch.tensor([[1, 1, 3], [3, 1, 4]])}, 0)
+        words = Words(torch.tensor([[1, 1], [3, 1]]), None)
+        outputs = {"final_routings": [routing_of(active)], "words": [words]}
+        report.on_validation_batch_end(trainer, module, outputs, None, 0)
         report.on_validation_epoch_end(trainer, module)
     assert logged["val_moe/block_1/load_max_violation"] == pytest.approx(0.5)
     # Word 1 goes twice to expert 0 and once to expert 1, word 3 once to expert 0.

@@ -2,19 +2,16 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from helpers.phased_run import FakeEvolution, PhasedTask, fit, loader, routing
+from helpers.phased_run import FakeEvolution, PhasedTask, fit, loader
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from evomoe.callbacks import summary as summary_module
-from evomoe.callbacks.summary import RunSummary, expert_rows, print_closing, real_tokens
-from evomoe.routing import SoftRouting
+from evomoe.callbacks.summary import RunSummary, print_closing
 
 
 class Clock:
@@ -44,10 +41,7 @@ def test_sums_of_each_phase(tmp_path):
         "active_experts": 1.0,
         "training_flops_per_token": 3 * (400 + 1000),
         "train_loss": 9.5,
-        "val_loss": 2.0,
-        "val_perplexity": 2.5,
-        "val_loss_sparse": 3.0,
-        "val_perplexity_sparse": None,
+        "validation": {"val/loss": 2.0, "val/perplexity": 2.5, "val/loss_sparse": 3.0},
     }
     sparsify = {
         "phase": "sparsify",
@@ -55,17 +49,13 @@ def test_sums_of_each_phase(tmp_path):
         "active_experts": 3.0,
         "training_flops_per_token": 3 * (400 + 3000),
         "train_loss": 7.5,
-        "val_loss": 4.0,
-        "val_perplexity": 4.5,
-        "val_loss_sparse": 5.0,
+        "validation": {"val/loss": 4.0, "val/perplexity": 4.5, "val/loss_sparse": 5.0},
     }
     hardened = {
         "phase": "hardened",
         "first_step": 4,
         "train_loss": 5.5,
-        "val_loss": 6.0,
-        "val_perplexity": 6.5,
-        "val_loss_sparse": 7.0,
+        "validation": {"val/loss": 6.0, "val/perplexity": 6.5, "val/loss_sparse": 7.0},
     }
     expected = [diversify, diversify | sparsify, diversify | hardened]
     assert [without_time(phase) for phase in values["phases"]] == expected
@@ -111,7 +101,7 @@ def test_accumulation_counts_optimizer_steps(tmp_path):
     fit(tmp_path, summary, steps=2, data=loader(8), accumulate_grad_batches=4, limit_val_batches=0)
     (phase,) = summary.as_dict()["phases"]
     assert (phase["steps"], phase["tokens"]) == (2, 64)
-    assert phase["val_loss"] is None
+    assert phase["validation"] == {}
 
 
 def test_train_loss_is_the_mean_of_the_last_batches(tmp_path):
@@ -206,17 +196,3 @@ def test_tensorboard_of_an_environment_that_is_not_active(tmp_path, monkeypatch)
     monkeypatch.setattr(summary_module, "sys", SimpleNamespace(executable=str(tmp_path / ".venv" / "bin" / "python")))
     monkeypatch.setattr(summary_module, "shutil", SimpleNamespace(which=lambda name: None))
     assert summary_module._tensorboard() == ".venv/bin/tensorboard"
-
-
-def test_rows_of_sparse_and_soft_routings():
-    assert expert_rows(routing(tokens=5, active=2)) == 10
-    tensors = torch.zeros(2, 6, 4, 3)  # (G, S, E, C)
-    soft = SoftRouting(dispatch=tensors, combine=tensors, num_tokens=torch.tensor(12))
-    assert expert_rows(soft) == math.prod((2, 4, 3))
-
-
-def test_real_tokens():
-    tokens = torch.zeros(2, 5, dtype=torch.long)
-    assert real_tokens({"tokens": tokens}) == 8
-    valid = torch.tensor([[True, True, True, False], [True, False, False, False]])
-    assert real_tokens({"tokens": tokens, "valid": valid}) == 4

@@ -10,7 +10,6 @@ from helpers.flops import flop_counter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from evomoe.callbacks.status import phase_of
-from evomoe.callbacks.throughput import batch_flops
 
 
 class CountFlops(L.Callback):
@@ -32,5 +31,4 @@ class CountFlops(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._stack.close()
-        charged = batch_flops(trainer, pl_module, outputs, batch)
-        self.seen.append((phase_of(trainer), charged, self._counter.get_total_flops()))
+        self.seen.append((phase_of(trainer), outputs["work"].training_flops, self._counter.get_total_flops()))

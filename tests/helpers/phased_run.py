@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from evomoe.callbacks.evolution import Decay, Evolution, EvolutionState
+from evomoe.models.flops import Work
 from evomoe.routing import SparseRouting
 
 EXPERTS, SEQUENCE = 3, 4
@@ -51,8 +52,9 @@ class FakeModel(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
 
-    def flops_per_token(self, context: int, active_experts: float = 1.0) -> float:
-        return 100.0 * context + 1000.0 * active_experts
+    def flops(self, active_experts: float) -> float:
+        """Per token."""
+        return 100.0 * SEQUENCE + 1000.0 * active_experts
 
 
 class PhasedTask(L.LightningModule):
@@ -75,6 +77,7 @@ class PhasedTask(L.LightningModule):
             "loss": loss,
             "task_loss": loss.detach(),
             "routings": [routing(tokens, active) for _ in range(self.layers)],
+            "work": Work(positions=2 * SEQUENCE, tokens=tokens, forward_flops=2 * SEQUENCE * self.model.flops(active)),
         }
 
     def validation_step(self, batch, batch_idx):

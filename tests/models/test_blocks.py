@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from evomoe.errors import ConfigError
-from evomoe.models.blocks import CausalSelfAttention, DecoderBlock, FeedForward, KeyValueCache
+from evomoe.models.blocks import Block, FeedForward, SelfAttention
+from evomoe.models.key_value_cache import KeyValueCache
 
 
-def naive_attention(attention: CausalSelfAttention, hidden: torch.Tensor) -> torch.Tensor:
+def naive_attention(attention: SelfAttention, hidden: torch.Tensor) -> torch.Tensor:
     """One query at a time, over a Python slice of its past."""
     batch, sequence, width = hidden.shape
     head_dim = width // attention.num_heads
@@ -22,7 +23,7 @@ def naive_attention(attention: CausalSelfAttention, hidden: torch.Tensor) -> tor
     return attention.output(mixed)
 
 
-def cache_for(attention: CausalSelfAttention, batch: int, capacity: int) -> KeyValueCache:
+def cache_for(attention: SelfAttention, batch: int, capacity: int) -> KeyValueCache:
     head_dim = attention.output.in_features // attention.num_heads
     return KeyValueCache(
         1, batch, attention.num_heads, head_dim, capacity, device=torch.device("cpu"), dtype=torch.float32
@@ -32,7 +33,7 @@ def cache_for(attention: CausalSelfAttention, batch: int, capacity: int) -> KeyV
 @torch.no_grad()
 def test_attention_equals_a_loop_over_queries() -> None:
     torch.manual_seed(0)
-    attention = CausalSelfAttention(12, 3)
+    attention = SelfAttention(12, 3)
     hidden = torch.randn(2, 5, 12)
     torch.testing.assert_close(attention(hidden), naive_attention(attention, hidden))
 
@@ -41,7 +42,7 @@ def test_attention_equals_a_loop_over_queries() -> None:
 @pytest.mark.parametrize("pieces", [[6], [1] * 6, [4, 1, 1], [2, 3, 1]])
 def test_cached_attention_equals_attention_over_the_whole(pieces: list[int]) -> None:
     torch.manual_seed(0)
-    attention = CausalSelfAttention(8, 2)
+    attention = SelfAttention(8, 2)
     hidden = torch.randn(2, 6, 8)
     cache = cache_for(attention, batch=2, capacity=6)
     outputs = []
@@ -54,7 +55,7 @@ def test_cached_attention_equals_attention_over_the_whole(pieces: list[int]) -> 
 @torch.no_grad()
 def test_rows_of_different_length_continue_at_their_own_position() -> None:
     torch.manual_seed(0)
-    attention = CausalSelfAttention(8, 2)
+    attention = SelfAttention(8, 2)
     rows = [torch.randn(1, 3, 8), torch.randn(1, 6, 8)]
     cache = cache_for(attention, batch=2, capacity=8)
     padded = torch.full((2, 4, 8), 1e3)  # loud padding: it would be heard
@@ -73,7 +74,7 @@ def test_rows_of_different_length_continue_at_their_own_position() -> None:
 
 
 def test_cache_keeps_the_selected_rows_and_shrinks_to_them() -> None:
-    cache = cache_for(CausalSelfAttention(4, 1), batch=3, capacity=5)
+    cache = cache_for(SelfAttention(4, 1), batch=3, capacity=5)
     cache.extend(4, torch.arange(4) < torch.tensor([[2], [4], [1]]))
     keys = torch.arange(48.0).view(3, 1, 4, 4)
     cache.write(0, keys, -keys)
@@ -85,7 +86,7 @@ def test_cache_keeps_the_selected_rows_and_shrinks_to_them() -> None:
 
 
 def test_full_cache_is_an_error() -> None:
-    cache = cache_for(CausalSelfAttention(4, 1), batch=1, capacity=5)
+    cache = cache_for(SelfAttention(4, 1), batch=1, capacity=5)
     cache.extend(4, None)
     with pytest.raises(ConfigError, match="holds 4 of at most 5 tokens, so 2 more do not fit"):
         cache.extend(2, None)
@@ -93,12 +94,12 @@ def test_full_cache_is_an_error() -> None:
 
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(ConfigError, match="d_model=10 is not divisible by num_heads=3"):
-        CausalSelfAttention(10, 3)
+        SelfAttention(10, 3)
 
 
 def test_block_adds_both_branches_to_the_residual() -> None:
     torch.manual_seed(0)
-    block = DecoderBlock(8, 2, FeedForward(8, 16))
+    block = Block(8, 2, FeedForward(8, 16))
     hidden = torch.randn(2, 3, 8)
     middle = hidden + block.attention(block.attention_norm(hidden))
     expected = middle + block.feed_forward(block.feed_forward_norm(middle))

@@ -84,7 +84,7 @@ def test_parameters_of_a_hand_counted_model(build: Build) -> None:
 @pytest.mark.parametrize("active", [[1.0], [1.0, 1.0, 1.0]])
 def test_one_number_per_moe_layer_is_required(build: Build, active: list[float]) -> None:
     model = build(num_layers=4)
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="active experts for 2 MoE layers"):
         model.num_active_parameters(active)
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="active experts for 2 MoE layers"):
         model.flops_per_token(12, active)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from evomoe.models.gpt import GPT
+from evomoe.models.network import BlockOptions
 from evomoe.routing.switch import Switch
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
@@ -28,7 +30,8 @@ def build_on_meta(name: str, vocab_size: int, context: int) -> GPT:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_key_is_an_argument_with_a_comment(path: Path) -> None:
     config = OmegaConf.load(path)
-    arguments = GPT.__init__.__annotations__.keys() - {"return"}
+    blocks = {field.name for field in dataclasses.fields(BlockOptions)} - {"norm_first"}
+    arguments = (GPT.__init__.__annotations__.keys() | blocks) - {"return", "options"}
     assert set(config) == arguments | {"_target_"}
     lines = path.read_text().splitlines()
     for key in arguments:

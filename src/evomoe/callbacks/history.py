@@ -17,8 +17,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from evomoe.callbacks.summary import expert_rows, real_tokens
-from evomoe.callbacks.throughput import batch_flops
+from evomoe.models.flops import Work
 from evomoe.routing import Routing, SparseRouting
 from evomoe.routing.metrics import load_max_violation
 from evomoe.run_length import is_last_step
@@ -33,7 +32,7 @@ class Spent:
 
     Args:
         tokens: real tokens trained on.
-        training_flops: see :func:`~evomoe.callbacks.throughput.batch_flops`.
+        training_flops: see :class:`~evomoe.models.flops.Work`.
         seconds: wall-clock time of the training steps.
         cpu_seconds: time of all threads on the processor during the same steps.
     """
@@ -72,7 +71,7 @@ class Routed:
         """Add one batch. The slots of a soft routing are equally loaded by construction, and have no load to add."""
         self.batches += 1
         for layer, routing in zip(layers, routings, strict=True):
-            self.rows += expert_rows(routing)
+            self.rows += routing.rows
             self.tokens = self.tokens.to(routing.num_tokens.device) + routing.num_tokens
             if isinstance(routing, SparseRouting):
                 violation = load_max_violation(routing.load)
@@ -163,8 +162,9 @@ class History(L.Callback):
         wall, cpu = self._started
         self.spent.seconds += time.perf_counter() - wall
         self.spent.cpu_seconds += (time.process_time() - cpu) * trainer.world_size
-        self.spent.training_flops += batch_flops(trainer, pl_module, outputs, batch)
-        self.spent.tokens += int(real_tokens(batch)) * trainer.world_size
+        work: Work = outputs["work"]
+        self.spent.training_flops += work.training_flops * trainer.world_size
+        self.spent.tokens += int(work.tokens) * trainer.world_size
         self._routed.add(pl_module.model.moe_layers, outputs["routings"])  # type: ignore[union-attr,arg-type]
         if is_last_step(trainer):
             trainer.should_stop = True  # the run is over anyway, and Lightning validates before it obeys

@@ -21,7 +21,7 @@ from evomoe.callbacks.bars import write_bars
 from evomoe.callbacks.routing_metrics import CoActivation, ExpertLoad, RouterEntropy, WordExperts, active_experts
 from evomoe.callbacks.routing_stability import ExpertSets, Stability
 from evomoe.errors import ConfigError
-from evomoe.routing import SparseRouting
+from evomoe.routing import SparseRouting, Words
 
 FREQUENT = 10
 """Tokens of a word from which on it can be among the most specialised of an expert: a rare one is so by chance."""
@@ -32,39 +32,40 @@ class LayerReport:
 
     Args:
         routing: its first routing, which tells the sizes.
-        vocab_size: number of words V.
+        vocab_size: number of words V; None where tokens are no words.
         followed_tokens: real tokens of this process whose experts are compared between validations.
         device: of the routings.
     """
 
-    def __init__(self, routing: SparseRouting, vocab_size: int, followed_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, routing: SparseRouting, vocab_size: int | None, followed_tokens: int, device: torch.device
+    ) -> None:
         num_experts = routing.tokens_per_expert.numel()
         self.load = ExpertLoad(num_experts).to(device)
         self.entropy = RouterEntropy(routing.scores.shape[1]).to(device)
         self.co_activation = CoActivation(num_experts).to(device)
-        self.words = WordExperts(vocab_size, num_experts).to(device)
+        self.words = None if vocab_size is None else WordExperts(vocab_size, num_experts).to(device)
         self.sets = ExpertSets(followed_tokens, num_experts).to(device)
 
-    def update(self, routing: SparseRouting, token_ids: Tensor, valid: Tensor | None) -> None:
-        """Count one batch.
-
-        Args:
-            routing: of T tokens.
-            token_ids: their words, ``(T,)``.
-            valid: ``(T,)`` bool, False at padding; None if all are real.
-        """
+    def update(self, routing: SparseRouting, words_behind: Words) -> None:
+        """Count one batch, given the words behind its tokens."""
+        token_ids, valid = words_behind
+        valid = None if valid is None else valid.flatten()
         active = active_experts(routing, valid)
-        words = token_ids if valid is None else token_ids[valid]
         self.load.update(routing)
         self.entropy.update(routing)
         self.co_activation.update(active)
-        self.words.update(active, words)
+        if self.words is None or token_ids is None:
+            words = torch.zeros(active.shape[0], dtype=torch.int64, device=active.device)
+        else:
+            words = token_ids.flatten() if valid is None else token_ids.flatten()[valid]
+            self.words.update(active, words)
         self.sets.update(active, words)
 
     def compute(self) -> dict[str, Tensor]:
         """The values over all processes by name, those of the expert sets apart; every process must call it."""
-        metrics: list[Metric] = [self.load, self.entropy, self.co_activation, self.words]
-        return {name: value for metric in metrics for name, value in metric.compute().items()}
+        metrics: list[Metric | None] = [self.load, self.entropy, self.co_activation, self.words]
+        return {name: value for metric in metrics if metric is not None for name, value in metric.compute().items()}
 
 
 class RoutingReport(L.Callback):
@@ -124,16 +125,16 @@ class RoutingReport(L.Callback):
         """Count one batch."""
         if trainer.sanity_checking:
             return
-        token_ids, valid = batch["tokens"][:, :-1].flatten(), batch.get("valid")  # (T,), (B, S)
-        valid = None if valid is None else valid.flatten()
         model: Any = pl_module.model
-        for (name, layer), routing in zip(model.moe_layers.items(), outputs["final_routings"], strict=True):
+        layers = zip(model.moe_layers.items(), outputs["final_routings"], outputs["words"], strict=True)
+        for (name, layer), routing, words in layers:
             if layer.live_experts == 1 or not isinstance(routing, SparseRouting):
                 continue
             if name not in self._reports:
                 followed = -(-self.followed_tokens // trainer.world_size)
-                self._reports[name] = LayerReport(routing, model.vocab_size, followed, routing.token.device)
-            self._reports[name].update(routing, token_ids, valid)
+                vocab_size = None if words.token_ids is None else model.vocab_size
+                self._reports[name] = LayerReport(routing, vocab_size, followed, routing.token.device)
+            self._reports[name].update(routing, words)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the validation."""
@@ -183,11 +184,11 @@ class RoutingReport(L.Callback):
 
     def _write(self, trainer: L.Trainer, computed: dict[str, dict[str, Tensor]]) -> None:
         writer, step = trainer.logger.experiment, trainer.global_step  # type: ignore[union-attr]
-        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         for layer, values in computed.items():
             for name in ("load", "experts_per_token"):
                 write_bars(writer, f"val_moe/{layer}/{name}", values[name], step)
-            if self.words:
+            if self.words and "word_share" in values:
+                tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
                 lines = specialized_words(values["word_share"], values["word_count"], self.words, tokenizer.decode)
                 # Indented: shown as typed, not as Markdown.
                 writer.add_text(f"val_moe/{layer}/words", "\n".join(f"    {line}" for line in lines), step)

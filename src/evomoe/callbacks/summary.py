@@ -1,7 +1,4 @@
-"""What a run did, phase by phase: the closing table, and ``summary.json`` and ``summary.md`` in its folder.
-
-Shapes: B batch, S sequence, A assignments, G groups, E experts, C capacity.
-"""
+"""What a run did, phase by phase: the closing table, and ``summary.json`` and ``summary.md`` in its folder."""
 
 from __future__ import annotations
 
@@ -27,12 +24,10 @@ from torch import Tensor
 
 from evomoe.callbacks.status import phase_of, shorten
 from evomoe.checkpointing import newest_checkpoint
-from evomoe.models.flops import TRAINING_FACTOR
-from evomoe.routing import Routing, SoftRouting
+from evomoe.models.flops import Work
 
 LOSS_WINDOW = 50
 FETCH_BATCHES = 100
-VALIDATION_METRICS = ("val/loss", "val/perplexity", "val/loss_sparse", "val/perplexity_sparse")
 
 
 @dataclass
@@ -45,6 +40,8 @@ class PhaseTotals:
         steps: optimizer steps.
         seconds: wall-clock time without validation.
         tokens: real tokens trained on, by all processes.
+        positions: token positions that the first process computed, padding included.
+        training_flops: of that process.
         rows: rows that experts computed, summed over the MoE layers of the first process.
         routed_tokens: real tokens that reached an MoE layer, summed alike.
         losses: training losses of the last 50 batches.
@@ -56,6 +53,8 @@ class PhaseTotals:
     steps: int = 0
     seconds: float = 0.0
     tokens: int = 0
+    positions: int = 0
+    training_flops: float = 0.0
     rows: int = 0
     routed_tokens: int = 0
     losses: list[float] = field(default_factory=list)
@@ -79,16 +78,12 @@ class RunSummary(L.Callback):
         self._world_size = 1
         self._last_step = 0
         self._clock: float | None = None
-        self._flops_per_token: Callable[[float], float] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock, at the step of the checkpoint if the run continues one."""
         self._last_step = trainer.global_step
         self._clock = time.monotonic()
         self._world_size = trainer.world_size
-        model: Any = pl_module.model
-        if hasattr(model, "flops_per_token"):  # optional: a model from elsewhere has no such count
-            self._flops_per_token = lambda active: TRAINING_FACTOR * model.flops_per_token(model.context, active)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -107,9 +102,12 @@ class RunSummary(L.Callback):
         phase.steps += trainer.global_step - self._last_step
         self._last_step = trainer.global_step
 
-        phase.rows += sum(expert_rows(routing) for routing in outputs["routings"])
+        work: Work = outputs["work"]
+        phase.positions += work.positions
+        phase.training_flops += work.training_flops
+        phase.rows += sum(routing.rows for routing in outputs["routings"])
         self._routed_tokens.extend(routing.num_tokens for routing in outputs["routings"])
-        self._tokens.append(real_tokens(batch))
+        self._tokens.append(torch.as_tensor(work.tokens))
         self._losses.append(outputs["task_loss"])
         self._batches += 1
         if self._batches == FETCH_BATCHES:
@@ -125,7 +123,8 @@ class RunSummary(L.Callback):
             return
         metrics = trainer.callback_metrics
         if self.phases:
-            self.phases[-1].validation = {name: float(metrics[name]) for name in VALIDATION_METRICS if name in metrics}
+            found = {name: float(value) for name, value in metrics.items() if name.startswith("val/")}
+            self.phases[-1].validation = found
         self._clock = time.monotonic()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -181,7 +180,6 @@ class RunSummary(L.Callback):
 
     def _describe(self, phase: PhaseTotals) -> dict[str, Any]:
         active = phase.rows / phase.routed_tokens if phase.routed_tokens else None
-        flops = None if self._flops_per_token is None else self._flops_per_token(1.0 if active is None else active)
         return {
             "phase": phase.phase,
             "first_step": phase.first_step,
@@ -190,9 +188,9 @@ class RunSummary(L.Callback):
             "tokens": phase.tokens,
             "tokens_per_second": phase.tokens / phase.seconds if phase.seconds else None,
             "active_experts": active,
-            "training_flops_per_token": flops,
+            "training_flops_per_token": phase.training_flops / phase.positions if phase.positions else None,
             "train_loss": sum(phase.losses) / len(phase.losses) if phase.losses else None,
-            **{name.replace("/", "_"): phase.validation.get(name) for name in VALIDATION_METRICS},
+            "validation": phase.validation,
         }
 
     def _describe_whole(self, phases: list[dict[str, Any]]) -> dict[str, Any]:
@@ -201,25 +199,13 @@ class RunSummary(L.Callback):
             whole.steps += phase.steps
             whole.seconds += phase.seconds
             whole.tokens += phase.tokens
+            whole.positions += phase.positions
+            whole.training_flops += phase.training_flops
             whole.rows += phase.rows
             whole.routed_tokens += phase.routed_tokens
             whole.losses = phase.losses
             whole.validation = phase.validation or whole.validation
         return self._describe(whole)
-
-
-def expert_rows(routing: Routing) -> int:
-    """Rows that the experts of one layer computed: A assignments, or all G E C slots of a soft routing."""
-    if isinstance(routing, SoftRouting):
-        groups, _, experts, capacity = routing.dispatch.shape
-        return groups * experts * capacity
-    return routing.token.numel()
-
-
-def real_tokens(batch: Mapping[str, Tensor]) -> Tensor:
-    """Input tokens of a batch without padding, a 0-dim tensor."""
-    valid = batch.get("valid")  # (B, S)
-    return torch.tensor(batch["tokens"][:, 1:].numel()) if valid is None else valid.sum()
 
 
 def table_of(values: Mapping[str, Any]) -> list[list[str]]:
@@ -233,16 +219,24 @@ def table_of(values: Mapping[str, Any]) -> list[list[str]]:
         ("active experts per token", "active_experts", "{:.2f}".format),
         ("training FLOPs per token", "training_flops_per_token", shorten),
         (f"train loss, last {LOSS_WINDOW} batches", "train_loss", "{:.4f}".format),
-        ("val loss, training rule", "val_loss", "{:.4f}".format),
-        ("val perplexity, training rule", "val_perplexity", "{:.2f}".format),
-        ("val loss, sparse rule", "val_loss_sparse", "{:.4f}".format),
-        ("val perplexity, sparse rule", "val_perplexity_sparse", "{:.2f}".format),
     ]
     rows = [["", *(column["phase"] for column in columns)]]
     for title, key, words in quantities:
         if any(column[key] is not None for column in columns):
             rows.append([title, *("-" if column[key] is None else words(column[key]) for column in columns)])
+    measured = [column["validation"] for column in columns]
+    for name in dict.fromkeys(name for values in measured for name in values):
+        cells = [f"{values[name]:.5g}" if name in values else "-" for values in measured]
+        rows.append([_in_words(name, measured), *cells])
     return rows
+
+
+def _in_words(name: str, measured: Sequence[Mapping[str, float]]) -> str:
+    """``val/loss_sparse`` as ``val loss, sparse rule``; a metric without a twin needs no rule."""
+    known = {name for values in measured for name in values}
+    plain = name.removesuffix("_sparse")
+    rule = ", sparse rule" if name != plain else ", training rule" if f"{name}_sparse" in known else ""
+    return plain.replace("/", " ").replace("_", " ") + rule
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

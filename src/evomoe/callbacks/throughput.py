@@ -7,8 +7,7 @@ from typing import Any
 
 import lightning as L
 
-from evomoe.callbacks.summary import expert_rows
-from evomoe.models.flops import TRAINING_FACTOR
+from evomoe.models.flops import Work
 
 
 class Throughput(L.Callback):
@@ -35,10 +34,9 @@ class Throughput(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Charge one batch, and log when it is a step to log."""
-        sequences, length = batch["tokens"].shape
-        tokens = sequences * (length - 1)
-        self.training_flops += batch_flops(trainer, pl_module, outputs, batch)
-        self._tokens += tokens * trainer.world_size
+        work: Work = outputs["work"]
+        self.training_flops += work.training_flops * trainer.world_size
+        self._tokens += work.positions * trainer.world_size
         self._seconds += time.perf_counter() - self._started
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not every or step % every or step == self._logged:
@@ -55,22 +53,3 @@ class Throughput(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self.training_flops = state_dict["training_flops"]
-
-
-def batch_flops(trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any) -> float:
-    """Training FLOPs of one batch over all processes, each taken to do what this one does.
-
-    Charged are the matrix products of the forward pass, with the rows that the experts really computed, times three.
-    What activation checkpointing computes a second time is not charged: it buys memory, and belongs to no method.
-
-    Args:
-        trainer: of the run.
-        pl_module: its task.
-        outputs: what ``training_step`` returned.
-        batch: what it was given.
-    """
-    sequences, length = batch["tokens"].shape
-    tokens = sequences * (length - 1)
-    rows = [expert_rows(routing) / tokens for routing in outputs["routings"]]
-    per_token = pl_module.model.flops_per_token(length - 1, rows)  # type: ignore[union-attr,operator]
-    return TRAINING_FACTOR * per_token * tokens * trainer.world_size

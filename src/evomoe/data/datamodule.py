@@ -105,6 +105,10 @@ class TextDataModule(LightningDataModule):
         """Number of tokens that the tokenizer really has."""
         return self.tokenizer.vocab_size
 
+    def model_sizes(self) -> dict[str, int]:
+        """Return the arguments of a model that the data decide."""
+        return {"vocab_size": self.vocab_size}
+
     def training_ids(self) -> np.ndarray:
         """The token ids of the training split, memory-mapped, ``(N,)``."""
         return self.store.tokens("train")[:]

@@ -1,11 +1,9 @@
-"""The pieces that a decoder is built from: attention, its key-value cache, and a dense or sparse feed-forward.
+"""The pieces that all networks are built from: attention, a dense or sparse feed-forward, and the block around them.
 
-Shapes: B batch, S sequence, D model width, H hidden width of the feed-forward.
+Shapes: B batch, S sequence, M memory (source sequence), D model width, H hidden width of the feed-forward.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,117 +11,69 @@ from torch import Tensor, nn
 
 from evomoe.errors import ConfigError
 from evomoe.models.initialization import draw_normal_, seeded
+from evomoe.models.key_value_cache import KeyValueCache
 from evomoe.moe.experts import Experts
 from evomoe.moe.layer import MoELayer
 from evomoe.routing import Routing
 
 
-class KeyValueCache:
-    """Keys and values of the tokens already read, for generation without recomputing them. Inference only.
-
-    Every row of the batch is stored from position 0 on, so rows of different length need no left padding: the padding
-    at the end of a short row is overwritten by the row's next token before any query can see it.
+class SelfAttention(nn.Module):
+    """Multi-head attention among the tokens of a sequence.
 
     Args:
-        num_layers: attention layers of the model.
-        batch: rows B.
-        num_heads: attention heads.
-        head_dim: width of one head, D / num_heads.
-        capacity: most positions per row, the context of the model.
-        device: where the model lives.
-        dtype: precision of the stored keys and values.
+        d_model: model width D.
+        num_heads: attention heads; divides D.
+        causal: whether a token sees only itself and the tokens before it, or all of its sequence.
+        bias: whether the projections have a bias.
+        dropout: dropout of the attention weights in training.
     """
 
     def __init__(
-        self,
-        num_layers: int,
-        batch: int,
-        num_heads: int,
-        head_dim: int,
-        capacity: int,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, d_model: int, num_heads: int, *, causal: bool = True, bias: bool = True, dropout: float = 0.0
     ) -> None:
-        shape = (num_layers, batch, num_heads, capacity, head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.capacity = capacity
-        self.lengths = torch.zeros(batch, device=device, dtype=torch.long)
-        self.last_ids = torch.full((batch,), -1, device=device)
-        # The longest row, kept on the host so that no step waits for the device to know how many keys to read.
-        self.extent = 0
-        self.positions = torch.zeros(batch, 0, device=device, dtype=torch.long)
-        self.mask: Tensor | None = None
+        super().__init__()
+        self.num_heads = check_heads(d_model, num_heads)
+        self.causal = causal
+        self.dropout = dropout
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=bias)
+        self.output = nn.Linear(d_model, d_model, bias=bias)
 
-    def extend(self, sequence: int, valid: Tensor | None) -> Tensor:
-        """Make room for the next tokens of each row; called once per forward pass, before any :meth:`write`.
+    def forward(
+        self, hidden: Tensor, *, valid: Tensor | None = None, cache: KeyValueCache | None = None, layer: int = 0
+    ) -> Tensor:
+        """Mix each token with those it sees.
 
         Args:
-            sequence: number S of new tokens per row.
-            valid: ``(B, S)`` bool, False at right padding; None means that every token is real.
+            hidden: ``(B, S, D)``.
+            valid: ``(B, S)`` bool, False at padding, which no real token sees. A causal token has all padding after
+                it, so that only the other kind asks.
+            cache: the past of the rows, already extended by these S tokens; updated in place.
+            layer: index of this layer in ``cache``.
 
         Returns:
-            Positions of the new tokens, ``(B, S)``.
-
-        Raises:
-            ConfigError: if the cache is full.
+            ``(B, S, D)``.
         """
-        if self.extent + sequence > self.capacity:
-            raise ConfigError(
-                f"the key-value cache holds {self.extent} of at most {self.capacity} tokens, so {sequence} more do not "
-                "fit: generate fewer tokens or start a new cache with the last tokens"
-            )
-        device = self.lengths.device
-        self.positions = self.lengths[:, None] + torch.arange(sequence, device=device)  # (B, S)
-        first = self.extent == 0
-        self.extent += sequence
-        self.lengths = self.lengths + (sequence if valid is None else valid.sum(dim=1))
-        # With nothing stored yet the new tokens see one another only: plain causal attention, no mask.
-        self.mask = None if first else torch.arange(self.extent, device=device) <= self.positions[:, None, :, None]
-        return self.positions
-
-    def previous(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
-        """The id before each new token, -1 at the beginning of a row; called once per forward pass.
-
-        Args:
-            tokens: ids of the new tokens, ``(B, S)``.
-            valid: ``(B, S)`` bool, False at right padding; None means that every token is real.
-
-        Returns:
-            ``(B, S)``.
-        """
-        read = torch.cat([self.last_ids[:, None], tokens], dim=1)  # (B, 1 + S)
-        if valid is None:
-            self.last_ids = read[:, -1]
-        else:
-            self.last_ids = read.gather(1, valid.sum(dim=1, keepdim=True)).squeeze(1)
-        return read[:, :-1]
-
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens' keys and values, each ``(B, heads, S, head_dim)``, in place.
-
-        Returns:
-            The keys and values of ``layer`` to attend over, each ``(B, heads, extent, head_dim)``.
-        """
-        rows = torch.arange(keys.shape[0], device=keys.device)[:, None]
-        for stored, new in ((self.keys, keys), (self.values, values)):
-            stored[layer][rows, :, self.positions] = new.detach().transpose(1, 2).to(stored.dtype)
-        if self.mask is None:
-            return keys, values
-        extent = self.extent
-        return self.keys[layer, :, :, :extent].to(keys.dtype), self.values[layer, :, :, :extent].to(values.dtype)
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep only these rows of the batch, in this order."""
-        index = torch.tensor(rows, device=self.lengths.device)
-        self.keys, self.values = self.keys[:, index], self.values[:, index]
-        self.lengths, self.last_ids = self.lengths[index], self.last_ids[index]
-        self.extent = int(self.lengths.max())
+        query, key, value = (split_heads(part, self.num_heads) for part in self.qkv(hidden).chunk(3, dim=-1))
+        mask = None
+        if cache is not None:
+            key, value = cache.write(layer, key, value)
+            mask = cache.mask
+        elif valid is not None and not self.causal:
+            mask = key_mask(valid)
+        mixed = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=self.causal and mask is None,
+        )
+        output: Tensor = self.output(mixed.transpose(1, 2).flatten(-2))
+        return output
 
 
-class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and the tokens before it.
+class CrossAttention(nn.Module):
+    """Multi-head attention of a decoder's tokens over the encoder's states.
 
     Args:
         d_model: model width D.
@@ -134,42 +84,56 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, d_model: int, num_heads: int, *, bias: bool = True, dropout: float = 0.0) -> None:
         super().__init__()
-        if d_model % num_heads:
-            raise ConfigError(f"d_model={d_model} is not divisible by num_heads={num_heads}: choose a multiple of it")
-        self.num_heads = num_heads
+        self.num_heads = check_heads(d_model, num_heads)
         self.dropout = dropout
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=bias)
+        self.query = nn.Linear(d_model, d_model, bias=bias)
+        self.key_value = nn.Linear(d_model, 2 * d_model, bias=bias)
         self.output = nn.Linear(d_model, d_model, bias=bias)
 
-    def forward(self, hidden: Tensor, *, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
-        """Mix each token with its past.
+    def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the encoder's states ``(B, M, D)``, each ``(B, heads, M, head_dim)``.
+
+        They are the same for every token that is written, so that generation computes them once.
+        """
+        key, value = (split_heads(part, self.num_heads) for part in self.key_value(memory).chunk(2, dim=-1))
+        return key, value
+
+    def forward(self, hidden: Tensor, memory: tuple[Tensor, Tensor], memory_valid: Tensor | None = None) -> Tensor:
+        """Mix each token with the memory.
 
         Args:
             hidden: ``(B, S, D)``.
-            cache: the past of the rows, already extended by these S tokens; updated in place.
-            layer: index of this layer in ``cache``.
+            memory: what :meth:`project` returned.
+            memory_valid: ``(B, M)`` bool, False at padding.
 
         Returns:
             ``(B, S, D)``.
         """
-        query, key, value = (
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, S, head_dim)
-            for part in self.qkv(hidden).chunk(3, dim=-1)
-        )
-        mask = None
-        if cache is not None:
-            key, value = cache.write(layer, key, value)
-            mask = cache.mask
         mixed = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
+            split_heads(self.query(hidden), self.num_heads),
+            *memory,
+            attn_mask=None if memory_valid is None else key_mask(memory_valid),
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None,
         )
         output: Tensor = self.output(mixed.transpose(1, 2).flatten(-2))
         return output
+
+
+def check_heads(d_model: int, num_heads: int) -> int:
+    """Return ``num_heads``, or raise ConfigError if it does not divide ``d_model``."""
+    if d_model % num_heads:
+        raise ConfigError(f"d_model={d_model} is not divisible by num_heads={num_heads}: choose a multiple of it")
+    return num_heads
+
+
+def split_heads(states: Tensor, num_heads: int) -> Tensor:
+    """``(B, S, D)`` to ``(B, heads, S, head_dim)``."""
+    return states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def key_mask(valid: Tensor) -> Tensor:
+    """Which keys may be seen, ``(B, 1, 1, S)``; a row of padding alone sees it, as a softmax over nothing is NaN."""
+    return (valid | ~valid.any(dim=1, keepdim=True))[:, None, None, :]
 
 
 class FeedForward(nn.Module):
@@ -191,15 +155,21 @@ class FeedForward(nn.Module):
         return self.experts.base(hidden.flatten(0, 1)).view_as(hidden)
 
 
-class DecoderBlock(nn.Module):
-    """Pre-norm block: attention, then a dense or a sparse feed-forward, each on its residual branch.
+class Block(nn.Module):
+    """Self-attention, in a decoder over a source also cross-attention, then a dense or a sparse feed-forward.
+
+    Each stands on a residual branch of its own, with its norm before it (``norm_first``, as in GPT-2) or after the
+    sum (as in RoBERTa and the first Transformer).
 
     Args:
         d_model: model width D.
         num_heads: attention heads.
         feed_forward: a :class:`FeedForward` or a :class:`~evomoe.moe.layer.MoELayer`.
+        causal: whether a token sees only itself and the tokens before it.
+        cross: whether the block looks at a memory.
+        norm_first: where the norms stand.
         bias: whether attention and norms have a bias.
-        dropout: dropout of both residual branches.
+        dropout: dropout of all residual branches.
         attention_dropout: dropout of the attention weights.
     """
 
@@ -209,13 +179,21 @@ class DecoderBlock(nn.Module):
         num_heads: int,
         feed_forward: FeedForward | MoELayer,
         *,
+        causal: bool = True,
+        cross: bool = False,
+        norm_first: bool = True,
         bias: bool = True,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.norm_first = norm_first
         self.attention_norm = nn.LayerNorm(d_model, bias=bias)
-        self.attention = CausalSelfAttention(d_model, num_heads, bias=bias, dropout=attention_dropout)
+        self.attention = SelfAttention(d_model, num_heads, causal=causal, bias=bias, dropout=attention_dropout)
+        self.cross_norm = nn.LayerNorm(d_model, bias=bias) if cross else None
+        self.cross_attention = (
+            CrossAttention(d_model, num_heads, bias=bias, dropout=attention_dropout) if cross else None
+        )
         self.feed_forward_norm = nn.LayerNorm(d_model, bias=bias)
         self.feed_forward = feed_forward
         self.dropout = nn.Dropout(dropout)
@@ -224,13 +202,15 @@ class DecoderBlock(nn.Module):
         self,
         hidden: Tensor,
         *,
-        token_ids: Tensor,
+        token_ids: Tensor | None = None,
         previous_ids: Tensor | None = None,
         previous_logits: Tensor | None = None,
         valid: Tensor | None = None,
         final_rule: bool = False,
         cache: KeyValueCache | None = None,
         layer: int = 0,
+        memory: tuple[Tensor, Tensor] | None = None,
+        memory_valid: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Apply the block.
 
@@ -243,16 +223,23 @@ class DecoderBlock(nn.Module):
             final_rule: route by the final sparse rule.
             cache: keys and values of the past, updated in place.
             layer: index of this block in ``cache``.
+            memory: keys and values of the source, from :meth:`CrossAttention.project`.
+            memory_valid: ``(B, M)`` bool, False at the source's padding.
 
         Returns:
             The new hidden states ``(B, S, D)`` and the routing of the MoE layer, None in a dense block.
         """
-        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), cache=cache, layer=layer))
-        normed = self.feed_forward_norm(hidden)
+        states = self.attention_norm(hidden) if self.norm_first else hidden
+        update = self.attention(states, valid=valid, cache=cache, layer=layer)
+        hidden = self._add(hidden, update, self.attention_norm)
+        if self.cross_attention is not None and self.cross_norm is not None and memory is not None:
+            states = self.cross_norm(hidden) if self.norm_first else hidden
+            hidden = self._add(hidden, self.cross_attention(states, memory, memory_valid), self.cross_norm)
+        states = self.feed_forward_norm(hidden) if self.norm_first else hidden
         routing = None
         if isinstance(self.feed_forward, MoELayer):
             update, routing = self.feed_forward(
-                normed,
+                states,
                 token_ids=token_ids,
                 previous_ids=previous_ids,
                 previous_logits=previous_logits,
@@ -260,8 +247,12 @@ class DecoderBlock(nn.Module):
                 final_rule=final_rule,
             )
         else:
-            update = self.feed_forward(normed)
-        return hidden + self.dropout(update), routing
+            update = self.feed_forward(states)
+        return self._add(hidden, update, self.feed_forward_norm), routing
+
+    def _add(self, hidden: Tensor, update: Tensor, norm: nn.Module) -> Tensor:
+        total = hidden + self.dropout(update)
+        return total if self.norm_first else norm(total)
 
     @torch.no_grad()
     def init_weights(self, seed: int, name: str, std: float, output_std: float) -> None:
@@ -273,19 +264,27 @@ class DecoderBlock(nn.Module):
             std: deviation of the matrices into a branch.
             output_std: deviation of the matrices out of a branch.
         """
-        self.attention_norm.reset_parameters()
-        self.feed_forward_norm.reset_parameters()
-        draw_normal_(self.attention.qkv.weight, std, seed, f"{name}/qkv")
-        draw_normal_(self.attention.output.weight, output_std, seed, f"{name}/output")
-        for linear in (self.attention.qkv, self.attention.output):
-            if linear.bias is not None:
-                linear.bias.zero_()
+        for norm in (self.attention_norm, self.cross_norm, self.feed_forward_norm):
+            if norm is not None:
+                norm.reset_parameters()
+        _init_linear(self.attention.qkv, seed, f"{name}/qkv", std)
+        _init_linear(self.attention.output, seed, f"{name}/output", output_std)
+        if self.cross_attention is not None:
+            _init_linear(self.cross_attention.query, seed, f"{name}/cross_query", std)
+            _init_linear(self.cross_attention.key_value, seed, f"{name}/cross_key_value", std)
+            _init_linear(self.cross_attention.output, seed, f"{name}/cross_output", output_std)
         _init_experts(self.feed_forward.experts, seed, f"{name}/expert", std, output_std)
         if isinstance(self.feed_forward, MoELayer):
             if self.feed_forward.shared is not None:
                 _init_experts(self.feed_forward.shared, seed, f"{name}/shared", std, output_std)
             with seeded(seed, f"{name}/router", self.attention.qkv.weight.device):
                 self.feed_forward.router.reset_parameters()
+
+
+def _init_linear(linear: nn.Linear, seed: int, name: str, std: float) -> None:
+    draw_normal_(linear.weight, std, seed, name)
+    if linear.bias is not None:
+        linear.bias.zero_()
 
 
 def _init_experts(experts: Experts, seed: int, name: str, std: float, output_std: float) -> None:

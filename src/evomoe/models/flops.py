@@ -9,6 +9,7 @@ Shapes: S sequence, D model width.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -17,6 +18,27 @@ from evomoe.moe.layer import MoELayer
 
 TRAINING_FACTOR = 3
 """FLOPs of a training step over those of its forward pass: the backward pass computes two products for each one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one forward pass of a batch does.
+
+    Args:
+        positions: token positions that it computes, padding included.
+        tokens: real tokens among them, for which there is a loss; a number, or a 0-dim tensor.
+        forward_flops: of its matrix products, with the rows that the experts really computed. What activation
+            checkpointing computes a second time is not charged: it buys memory, and belongs to no method.
+    """
+
+    positions: int
+    tokens: int | Tensor
+    forward_flops: float
+
+    @property
+    def training_flops(self) -> float:
+        """FLOPs of the training step."""
+        return TRAINING_FACTOR * self.forward_flops
 
 
 def matrix_flops(parameters: Iterable[Tensor]) -> int:

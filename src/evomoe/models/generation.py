@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evomoe.errors import ConfigError
-from evomoe.models.blocks import KeyValueCache
 from evomoe.models.gpt import GPT
 from evomoe.models.initialization import seed_of
+from evomoe.models.key_value_cache import KeyValueCache
 from evomoe.routing import SparseRouting
 
 TokenExperts = dict[str, list[list[tuple[int, float]]]]

@@ -11,6 +11,7 @@ from evomoe.routing.contract import (
     SoftRouting,
     SparseRouting,
     StepStatistics,
+    Words,
 )
 from evomoe.routing.cosine import CosineRouter
 from evomoe.routing.dense import DenseMoE
@@ -54,4 +55,5 @@ __all__ = [
     "StepStatistics",
     "Switch",
     "TopK",
+    "Words",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,18 @@ class RoutingInput:
     previous_logits: Tensor | None = None
     valid: Tensor | None = None
     final_rule: bool = False
+
+
+class Words(NamedTuple):
+    """The words behind the tokens of an MoE layer.
+
+    Args:
+        token_ids: ``(B, S)``; None where tokens are no words.
+        valid: ``(B, S)`` bool, False at padding; None means that every token is real.
+    """
+
+    token_ids: Tensor | None
+    valid: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +126,11 @@ class SparseRouting:
         return experts.repeat_interleave(self.tokens_per_expert, output_size=self.token.numel())
 
     @property
+    def rows(self) -> int:
+        """Rows that the experts compute."""
+        return self.token.numel()
+
+    @property
     def active_experts(self) -> Tensor:
         """Mean number of experts that work for one real token, a 0-dim tensor."""
         return self.tokens_per_expert.sum() / self.num_tokens.clamp(min=1)
@@ -151,6 +168,12 @@ class SoftRouting:
     combine: Tensor
     num_tokens: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Rows that the experts compute: all G E C slots."""
+        groups, _, experts, capacity = self.dispatch.shape
+        return groups * experts * capacity
 
     def detach(self) -> SoftRouting:
         """The same routing cut from the autograd graph."""

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import SumMetric
 
+from evomoe.models.flops import Work
 from evomoe.models.gpt import GPT
-from evomoe.routing import Routing
+from evomoe.routing import Routing, Words
 from evomoe.tasks.moe_task import Coefficient, MoETask
 from evomoe.tasks.optimization import Optimization
 
@@ -56,17 +57,19 @@ class LanguageModeling(MoETask):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """One forward pass; returns the optimized loss, and for the callbacks the loss of the task and the routings."""
         total_loss, count, routings = self._cross_entropy(batch)
-        loss = total_loss / count
-        self.log("train/loss", loss, prog_bar=True)
-        total = self.add_auxiliary_losses(loss, routings)
-        return {"loss": total, "task_loss": loss.detach(), "routings": [routing.detach() for routing in routings]}
+        sequences, length = batch["tokens"].shape
+        positions = sequences * (length - 1)
+        rows = [routing.rows / positions for routing in routings]
+        forward_flops = positions * self.model.flops_per_token(length - 1, rows)
+        work = Work(positions=positions, tokens=count, forward_flops=forward_flops)
+        return self.training_outputs(total_loss / count, routings, work)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Accumulate the loss under both rules; returns the routings of both for the callbacks."""
+        """Accumulate the loss under both rules; returns what the final rule did, for the callbacks."""
         return self._evaluate(batch)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Accumulate the loss under both rules; returns the routings of both for the callbacks."""
+        """Accumulate the loss under both rules; returns what the final rule did, for the callbacks."""
         return self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -96,7 +99,8 @@ class LanguageModeling(MoETask):
         if self._rules_differ():
             loss, _, final_routings = self._cross_entropy(batch, final_rule=True)
         self.total_loss_sparse.update(loss)
-        return {"routings": routings, "final_routings": final_routings}
+        words = Words(batch["tokens"][:, :-1], batch.get("valid"))
+        return {"final_routings": final_routings, "words": [words] * len(final_routings)}
 
     def _rules_differ(self) -> bool:
         layers = self.model.moe_layers.values()

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from evomoe.errors import ConfigError
+from evomoe.models.flops import Work
 from evomoe.moe import MoELayer
 from evomoe.routing import Routing, Schedule, SparseRouting
 from evomoe.run_length import to_steps, total_steps
@@ -105,6 +106,22 @@ class MoETask(L.LightningModule):
             if isinstance(value, Coefficient):
                 length = to_steps(f"router.loss_coefficients.{name}.length", value.length, total_steps(self.trainer))
                 self._schedules[name] = Schedule(value.start, value.end, length, value.shape)
+
+    def training_outputs(self, loss: Tensor, routings: Sequence[Routing], work: Work) -> dict[str, Any]:
+        """What ``training_step`` returns: the loss to optimize, and for the callbacks what was done.
+
+        Args:
+            loss: of the task, a 0-dim tensor; logged as ``train/loss``.
+            routings: of the MoE layers, in order.
+            work: of the forward pass.
+        """
+        self.log("train/loss", loss, prog_bar=True)
+        return {
+            "loss": self.add_auxiliary_losses(loss, routings),
+            "task_loss": loss.detach(),
+            "routings": [routing.detach() for routing in routings],
+            "work": work,
+        }
 
     def add_auxiliary_losses(self, loss: Tensor, routings: Sequence[Routing]) -> Tensor:
         """The loss to optimize: ``loss`` and every auxiliary loss times its coefficient, summed over the layers.

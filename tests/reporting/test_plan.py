@@ -57,6 +57,7 @@ def test_seconds_are_those_of_the_clock():
 REFUSED = [
     ([], "experiments=[] is empty: expected names"),
     (["experiments=[]"], "experiments=[] is empty: expected names"),
+    (["experiments=gpt_dts"], "experiments=gpt_dts is no list: expected names in brackets"),
     (["experiments=[gpt_dts]"], "reference=gpt_switch is not among the methods compared"),
     ([TWO, "reference=gpt_dst"], "reference=gpt_dst is not among the methods compared; did you mean 'gpt_dts'?"),
     ([TWO, "seeds=[1,two]"], "seeds=[1,two]: expected different whole numbers"),

@@ -169,6 +169,11 @@ def read_comparison(config: DictConfig) -> Comparison:
 
 
 def _read_methods(entries: Any) -> tuple[Method, ...]:
+    if isinstance(entries, str):
+        raise ConfigError(
+            f"experiments={entries} is no list: expected names in brackets, as in experiments=[gpt_dts,gpt_switch]; a"
+            " method with overrides belongs into a file of configs/comparison"
+        )
     if not isinstance(entries, list) or not entries:
         raise ConfigError(
             f"experiments={_shown(entries)} is empty: expected names, as in experiments=[gpt_dts,gpt_switch], or"

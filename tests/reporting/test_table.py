@@ -168,10 +168,12 @@ def test_tensorboard_has_one_entry_per_run(tmp_path):
     assert "result/active_experts" not in events.Tags()["scalars"]
 
 
-def test_metrics_of_routers_are_columns_on_request(tmp_path):
+def test_metrics_of_routers_and_of_the_test_are_columns_on_request(tmp_path):
     found = results(tmp_path)
     found["evolved"][1].end["router_metrics"] = {"off_node": 0.25}
-    text = write_table(comparison(tmp_path, columns=("off_node",)), {"steps": found}, "python compare.py")
+    found["evolved"][1].test["test/bleu"] = 31.5
+    text = write_table(comparison(tmp_path, columns=("off_node", "test/bleu")), {"steps": found}, "python compare.py")
     lines = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
-    column = lines[0].index("off_node")
-    assert [line[column] for line in lines[2:5]] == ["0.250", "-", "-"]
+    for name, value in (("off_node", "0.250"), ("test/bleu", "31.500")):
+        column = lines[0].index(name)
+        assert [line[column] for line in lines[2:5]] == [value, "-", "-"]

@@ -79,7 +79,8 @@ class Comparison:
         tolerance: share by which FLOPs or seconds of a run of equal steps may differ from the reference's for it to
             count as a run of equal FLOPs or seconds.
         clock: ``cpu`` or ``wall``, what measures seconds.
-        columns: router metrics, such as ``off_node``, to show in the table as they were before the last validation.
+        columns: further metrics for the table: of the test, such as ``test/bleu``, or of the routers before the last
+            validation, such as ``off_node``.
         runs: folder of the runs.
         output: folder of tables and figures.
     """

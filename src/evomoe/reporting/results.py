@@ -71,9 +71,9 @@ class Result:
         """MaxVio of a batch, mean over the MoE layers and the batches since the last but one validation."""
         return statistics.fmean(layers) if (layers := self.end["load_max_violation"].values()) else None
 
-    def router_metric(self, name: str) -> float | None:
-        """What the routers said of themselves before the last validation; None for routers without this metric."""
-        return self.end["router_metrics"].get(name)
+    def metric(self, name: str) -> float | None:
+        """A test metric such as ``test/bleu``, or what the routers said of themselves before the last validation."""
+        return self.test.get(name) if name.startswith("test/") else self.end["router_metrics"].get(name)
 
 
 def check_recipe(run: Run) -> None:

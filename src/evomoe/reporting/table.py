@@ -62,7 +62,7 @@ def quality_table(comparison: Comparison, results: Results) -> str:
         ("active experts", ".2f", lambda result: result.active_experts),
         ("at the end", ".2f", lambda result: result.end["active_experts"] if has_course(result) else None),
         ("MaxVio", ".2f", lambda result: result.max_violation),
-        *((name, ".3f", partial(Result.router_metric, name=name)) for name in comparison.columns),
+        *((name, ".3f", partial(Result.metric, name=name)) for name in comparison.columns),
     ]
     names = [name for name, _, _ in columns]
     reference = results[comparison.reference]
@@ -155,7 +155,7 @@ def write_csv(comparison: Comparison, by_budget: Mapping[str, Results]) -> None:
                 "active_experts": result.active_experts,
                 "active_experts_at_the_end": result.end["active_experts"],
                 "max_violation": result.max_violation,
-                **{name: result.router_metric(name) for name in comparison.columns},
+                **{name: result.metric(name) for name in comparison.columns},
                 "causal_in_train": result.causal_in_train,
                 "machine": result.facts["machine"],
                 "software": result.facts["software"],

@@ -72,7 +72,7 @@ class PhasedTask(L.LightningModule):
         self.log("throughput/tokens_per_second", 18234.0)
         valid = batch.get("valid")
         tokens = batch["tokens"][:, 1:].numel() if valid is None else int(valid.sum())
-        active = 3 if phase_at(self.trainer.global_step) == "sparsify" else 1
+        active = 3 if self.layers and phase_at(self.trainer.global_step) == "sparsify" else 1
         return {
             "loss": loss,
             "task_loss": loss.detach(),

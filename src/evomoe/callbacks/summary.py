@@ -226,7 +226,8 @@ def table_of(values: Mapping[str, Any]) -> list[list[str]]:
             rows.append([title, *("-" if column[key] is None else words(column[key]) for column in columns)])
     measured = [column["validation"] for column in columns]
     for name in dict.fromkeys(name for values in measured for name in values):
-        cells = [f"{values[name]:.5g}" if name in values else "-" for values in measured]
+        form = ".4f" if "loss" in name else ".5g"
+        cells = [format(values[name], form) if name in values else "-" for values in measured]
         rows.append([_in_words(name, measured), *cells])
     return rows
 

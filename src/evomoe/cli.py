@@ -304,9 +304,12 @@ def check_types(node: Any) -> None:
 
 
 def _annotations(target: str) -> dict[str, Any]:
-    """Types of the arguments of a class, those that it hands on to its base classes included."""
+    """Types of the arguments of a class, those that it hands on to its base classes or to ``options_class`` included."""
+    called = hydra.utils.get_class(target)
     annotations: dict[str, Any] = {}
-    for base in reversed(inspect.getmro(hydra.utils.get_class(target))):
+    if hasattr(called, "options_class"):
+        annotations |= get_type_hints(called.options_class)
+    for base in reversed(inspect.getmro(called)):
         if "__init__" in vars(base):
             with contextlib.suppress(NameError):  # a name that is imported for type checkers only
                 annotations |= get_type_hints(vars(base)["__init__"])

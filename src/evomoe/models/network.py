@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +138,9 @@ class Network(nn.Module, ABC):
     Args:
         checkpoint_activations: recompute each block in the backward pass instead of storing its activations.
     """
+
+    options_class: ClassVar[type] = BlockOptions
+    """Of what a network takes as ``**options``, for those who check a configuration before building anything."""
 
     def __init__(self, checkpoint_activations: bool = False) -> None:
         super().__init__()

@@ -304,7 +304,7 @@ def check_types(node: Any) -> None:
 
 
 def _annotations(target: str) -> dict[str, Any]:
-    """Types of the arguments of a class, those that it hands on to its base classes or to ``options_class`` included."""
+    """Types of the arguments of a class, with those handed on to its base classes and ``options_class``."""
     called = hydra.utils.get_class(target)
     annotations: dict[str, Any] = {}
     if hasattr(called, "options_class"):

@@ -40,6 +40,7 @@ class TextDataModule(LightningDataModule):
         vocab_size: Largest number of tokens of the tokenizer.
         num_workers: Processes that read batches ahead; 0 reads in the training process.
         seed: Seed of the training order.
+        mask_token: Give the model one more token, after those of the tokenizer, to stand for a hidden word.
 
     Raises:
         ConfigError: A size is not positive.
@@ -56,8 +57,10 @@ class TextDataModule(LightningDataModule):
         vocab_size: int = 4096,
         num_workers: int = 0,
         seed: int = 0,
+        mask_token: bool = False,
     ) -> None:
         super().__init__()
+        self.mask_token = mask_token
         sizes = {"context": context, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
         for name, size in sizes.items():
             if size is not None and size < 1:
@@ -107,7 +110,7 @@ class TextDataModule(LightningDataModule):
 
     def model_sizes(self) -> dict[str, int]:
         """Return the arguments of a model that the data decide."""
-        return {"vocab_size": self.vocab_size}
+        return {"vocab_size": self.vocab_size + self.mask_token}
 
     def training_ids(self) -> np.ndarray:
         """The token ids of the training split, memory-mapped, ``(N,)``."""

@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from evomoe.errors import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
+_SPACES = "\u0120\u010a\u0109\u010d"  # how byte-level BPE writes blank, line feed, tab and carriage return
 SMALLEST_VOCABULARY = 256 + 1  # every byte, and the end of text
 
 
@@ -62,6 +63,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids; an incomplete UTF-8 sequence at either end becomes U+FFFD."""
         return self._core.decode(list(ids), skip_special_tokens=False)
+
+    def word_starts(self) -> list[bool]:
+        """Say of each token whether it begins a word: it opens with white space, or is the end of text."""
+        texts = {token: text for text, token in self._core.get_vocab().items()}
+        return [texts[token] == END_OF_TEXT or texts[token][0] in _SPACES for token in range(self.vocab_size)]
 
     def to_json(self) -> str:
         """Return the whole tokenizer as a string that a checkpoint can hold."""

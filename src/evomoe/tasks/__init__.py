@@ -1,7 +1,8 @@
 """One LightningModule per task."""
 
 from evomoe.tasks.language_modeling import LanguageModeling
+from evomoe.tasks.masked_lm import MaskedLanguageModeling
 from evomoe.tasks.moe_task import Coefficient, MoETask
 from evomoe.tasks.optimization import Optimization
 
-__all__ = ["Coefficient", "LanguageModeling", "MoETask", "Optimization"]
+__all__ = ["Coefficient", "LanguageModeling", "MaskedLanguageModeling", "MoETask", "Optimization"]

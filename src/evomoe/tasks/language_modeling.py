@@ -11,13 +11,13 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import SumMetric
 
 from evomoe.models.flops import Work
 from evomoe.models.gpt import GPT
 from evomoe.routing import Routing, Words
 from evomoe.tasks.moe_task import Coefficient, MoETask
 from evomoe.tasks.optimization import Optimization
+from evomoe.tasks.rule_means import RuleMeans
 
 NO_TARGET = -100
 
@@ -45,10 +45,7 @@ class LanguageModeling(MoETask):
         balance_scope: str = "local",
     ) -> None:
         super().__init__(model, optimization, loss_coefficients, balance_scope)
-        # Sums, not means: a mean would leave out a batch whose loss is NaN, and report the rest as the whole.
-        self.total_loss = SumMetric(nan_strategy="disable")
-        self.total_loss_sparse = SumMetric(nan_strategy="disable")
-        self.total_tokens = SumMetric(nan_strategy="disable")
+        self.means = RuleMeans("loss")
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits ``(B, S, V)`` of tokens ``(B, S)``."""
@@ -63,6 +60,14 @@ class LanguageModeling(MoETask):
         forward_flops = positions * self.model.flops_per_token(length - 1, rows)
         work = Work(positions=positions, tokens=count, forward_flops=forward_flops)
         return self.training_outputs(total_loss / count, routings, work)
+
+    def on_validation_epoch_start(self) -> None:
+        """Count from nothing."""
+        self.means.reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Count from nothing."""
+        self.means.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Accumulate the loss under both rules; returns what the final rule did, for the callbacks."""
@@ -93,30 +98,20 @@ class LanguageModeling(MoETask):
 
     def _evaluate(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         loss, count, routings = self._cross_entropy(batch)
-        self.total_tokens.update(count)
-        self.total_loss.update(loss)
-        final_routings = routings
-        if self._rules_differ():
-            loss, _, final_routings = self._cross_entropy(batch, final_rule=True)
-        self.total_loss_sparse.update(loss)
+        sparse_loss, final_routings = loss, routings
+        if self.rules_differ():
+            sparse_loss, _, final_routings = self._cross_entropy(batch, final_rule=True)
+        self.means.update(count, {"loss": loss}, {"loss": sparse_loss})
         words = Words(batch["tokens"][:, :-1], batch.get("valid"))
         return {"final_routings": final_routings, "words": [words] * len(final_routings)}
 
-    def _rules_differ(self) -> bool:
-        layers = self.model.moe_layers.values()
-        return any(layer.live_experts > 1 and layer.router.rules_differ for layer in layers)
-
     def _log_evaluation(self, split: str) -> None:
         units = self.trainer.datamodule.units(split)  # type: ignore[attr-defined]
-        count = self.total_tokens.compute()
-        for suffix, metric in (("", self.total_loss), ("_sparse", self.total_loss_sparse)):
-            loss = metric.compute() / count
-            metric.reset()
-            values = {f"{split}/loss{suffix}": loss, f"{split}/perplexity{suffix}": loss.exp()}
-            if not suffix:
+        for name, loss in self.means.compute().items():
+            values = {f"{split}/{name}": loss, f"{split}/{name.replace('loss', 'perplexity')}": loss.exp()}
+            if name == "loss":
                 # Independent of the tokenizer: the same total surprise, shared among words or bytes.
                 values[f"{split}/perplexity_word"] = (loss * units["tokens"] / units["words"]).exp()
                 values[f"{split}/bits_per_byte"] = loss * units["tokens"] / units["bytes"] / math.log(2)
             # Equal on all processes already; sync_dist keeps Lightning from doubting it.
             self.log_dict(values, sync_dist=True)
-        self.total_tokens.reset()

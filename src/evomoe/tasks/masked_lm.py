@@ -1,0 +1,158 @@
+"""Masked language modelling: guess hidden words from both sides.
+
+Shapes: B batch, S sequence, V vocabulary, n chosen tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evomoe.errors import ConfigError
+from evomoe.models.flops import Work
+from evomoe.models.roberta import RoBERTa
+from evomoe.routing import Routing, Words
+from evomoe.tasks.masking import mask_tokens
+from evomoe.tasks.moe_task import Coefficient, MoETask
+from evomoe.tasks.optimization import Optimization
+from evomoe.tasks.rule_means import RuleMeans
+
+
+class MaskedLanguageModeling(MoETask):
+    """Trains a :class:`RoBERTa` on the windows of a causal language model, ``{"tokens": (B, S + 1)}``.
+
+    Which tokens are hidden is drawn anew in every step of training, from the random numbers that a resumed run repeats,
+    and alike in every evaluation. The loss is the mean cross-entropy of the chosen tokens. Evaluations log, under both
+    rules, ``loss``, ``perplexity`` of a chosen token, and ``accuracy``; a test also ``unigram_accuracy``, that of
+    guessing the most frequent token of the training split every time.
+
+    Args:
+        model: the network.
+        optimization: optimizer and learning-rate schedule.
+        loss_coefficients: factor of each auxiliary loss by its name, see :class:`MoETask`.
+        balance_scope: ``local`` or ``global``, see :class:`MoETask`.
+        share: probability of a token to be chosen.
+        whole_words: choose words with all of their tokens.
+    """
+
+    word_starts: Tensor | None
+
+    def __init__(
+        self,
+        model: RoBERTa,
+        optimization: Optimization,
+        loss_coefficients: Mapping[str, float | Coefficient] | None = None,
+        balance_scope: str = "local",
+        share: float = 0.15,
+        whole_words: bool = False,
+    ) -> None:
+        super().__init__(model, optimization, loss_coefficients, balance_scope)
+        if not 0 < share < 1:
+            raise ConfigError(f"task.share={share}: expected a share of the tokens in (0, 1), such as 0.15")
+        self.share = share
+        self.whole_words = whole_words
+        self.register_buffer("word_starts", None, persistent=False)
+        self.most_frequent_id: int | None = None
+        self.means = RuleMeans("loss", "accuracy")
+        self.unigram = RuleMeans("accuracy")
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits ``(B, S, V)`` of tokens ``(B, S)``."""
+        return self.model(tokens)[0]
+
+    def setup(self, stage: str) -> None:
+        """Take from the data where words begin, and the most frequent one."""
+        super().setup(stage)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data.model_sizes()["vocab_size"] != data.vocab_size + 1:
+            raise ConfigError(
+                "data.mask_token=false: masked language modelling needs a token to hide words; set it to true"
+            )
+        if self.whole_words:
+            self.word_starts = torch.tensor(data.tokenizer.word_starts(), device=self.device)
+        if stage == "test":
+            self.most_frequent_id = int(np.bincount(data.training_ids()).argmax())
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """One forward pass; returns the optimized loss, and for the callbacks what was done."""
+        inputs, chosen = self._mask(batch, None)
+        total, _, routings = self._guess(batch, inputs, chosen)
+        sequences, length = inputs.shape
+        rows = [routing.rows / inputs.numel() for routing in routings]
+        count = int(chosen.sum())
+        flops = self.model.flops_per_token(length, rows, scored=count / inputs.numel())
+        work = Work(positions=inputs.numel(), tokens=sequences * length, forward_flops=flops * inputs.numel())
+        return self.training_outputs(total / max(count, 1), routings, work)
+
+    def on_validation_epoch_start(self) -> None:
+        """Count from nothing."""
+        self.means.reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Count from nothing."""
+        self.means.reset()
+        self.unigram.reset()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """Accumulate loss and accuracy under both rules; returns what the final rule did, for the callbacks."""
+        return self._evaluate(batch, batch_idx)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """Accumulate loss and accuracy under both rules; returns what the final rule did, for the callbacks."""
+        return self._evaluate(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over the chosen tokens."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means over the chosen tokens, and the accuracy of a constant guess."""
+        self._log_evaluation("test")
+        self.log("test/unigram_accuracy", self.unigram.compute()["accuracy"], sync_dist=True)
+
+    def _mask(self, batch: dict[str, Tensor], generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        return mask_tokens(
+            batch["tokens"][:, :-1],
+            batch.get("valid"),
+            share=self.share,
+            mask_id=self.model.mask_id,
+            word_starts=self.word_starts,
+            generator=generator,
+        )
+
+    def _guess(
+        self, batch: dict[str, Tensor], inputs: Tensor, chosen: Tensor, final_rule: bool = False
+    ) -> tuple[Tensor, Tensor, list[Routing]]:
+        """Sum of the loss over the chosen tokens, how many of them the model gets right, and the routings."""
+        targets = batch["tokens"][:, :-1][chosen]  # (n,)
+        logits, routings = self.model(inputs, valid=batch.get("valid"), at=chosen, final_rule=final_rule)  # (n, V)
+        right = (logits.argmax(dim=-1) == targets).sum()
+        return F.cross_entropy(logits.float(), targets, reduction="sum"), right, routings
+
+    def _evaluate(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        # The same masks in every evaluation; other ones in every batch and process.
+        seed = batch_idx * self.trainer.world_size + self.global_rank
+        inputs, chosen = self._mask(batch, torch.Generator(self.device).manual_seed(seed))
+        loss, right, routings = self._guess(batch, inputs, chosen)
+        sparse_loss, sparse_right, final_routings = loss, right, routings
+        if self.rules_differ():
+            sparse_loss, sparse_right, final_routings = self._guess(batch, inputs, chosen, final_rule=True)
+        count = chosen.sum()
+        self.means.update(count, {"loss": loss, "accuracy": right}, {"loss": sparse_loss, "accuracy": sparse_right})
+        if self.most_frequent_id is not None:
+            hits = (batch["tokens"][:, :-1][chosen] == self.most_frequent_id).sum()
+            self.unigram.update(count, {"accuracy": hits}, {"accuracy": hits})
+        words = Words(inputs, batch.get("valid"))
+        return {"final_routings": final_routings, "words": [words] * len(final_routings)}
+
+    def _log_evaluation(self, split: str) -> None:
+        means = self.means.compute()
+        for suffix in ("", "_sparse"):
+            means[f"perplexity{suffix}"] = means[f"loss{suffix}"].exp()
+        # Equal on all processes already; sync_dist keeps Lightning from doubting it.
+        self.log_dict({f"{split}/{name}": mean for name, mean in means.items()}, sync_dist=True)

@@ -17,18 +17,21 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(corpus, tmp_path_factory) -> list[str]:
-    """Overrides that make a run of any experiment take seconds."""
+    """Overrides that make a run of a language model take seconds."""
     from helpers.programs import tiny_overrides
 
     return tiny_overrides(corpus, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
-def train(tiny):
-    """Trains an experiment in a folder, in this process, with overrides of the tiny run."""
+def train(corpus, tmp_path_factory):
+    """Trains an experiment in a folder, in this process, with overrides of its tiny run."""
     from helpers import programs
 
+    cache = tmp_path_factory.mktemp("cache_of_train")
+
     def train(folder: Path, *overrides: str, experiment: str = "gpt_dts"):
+        tiny = programs.tiny_overrides(corpus, cache, experiment)
         return programs.train(folder, f"experiment={experiment}", *tiny, *overrides)
 
     return train

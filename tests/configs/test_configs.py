@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.programs import CONFIGS, ROOT, compose
+from helpers.programs import CONFIGS, ROOT, compose, tiny_model
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
@@ -62,9 +62,9 @@ def test_every_choice_composes_and_names_classes_that_exist(choice):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_builds_on_a_tiny_model(experiment):
-    model, evolution = build(compose(f"experiment={experiment}", "model=gpt_tiny", "trainer.max_steps=100"))
-    assert len(model.moe_layers) == (0 if experiment == "gpt_dense" else 1)
-    assert (evolution is not None) == (experiment == "gpt_stable" or "dts" in experiment)
+    model, evolution = build(compose(f"experiment={experiment}", tiny_model(experiment), "trainer.max_steps=100"))
+    assert len(model.moe_layers) == (0 if experiment.endswith("dense") else 1)
+    assert (evolution is not None) == (experiment.endswith("stable") or "dts" in experiment)
     if evolution is not None:
         evolution.make_plan(100)
 
@@ -102,14 +102,16 @@ def test_every_evolution_fits_into_a_default_run_and_a_short_one(evolution):
         assert (plan.spawn_at == 0) == (evolution in ("dts_only", "stable"))
 
 
-def test_experiments_differ_from_each_other_in_the_method_alone():
+@pytest.mark.parametrize("task", ["gpt", "mlm"])
+def test_experiments_of_a_task_differ_from_each_other_in_the_method_alone(task):
     """Data, size and optimizer are the same, so that a comparison of two experiments is one of their methods."""
-    configs = [compose(f"experiment={name}", run_dir=Path("run")) for name in EXPERIMENTS if name != "gpt_dts_paper"]
+    names = [name for name in EXPERIMENTS if name.startswith(task) and name != "gpt_dts_paper"]
+    configs = [compose(f"experiment={name}", run_dir=Path("run")) for name in names]
     of_the_method = ("router", "moe_every", "allow_future_leak", "num_experts", "d_expert", "shared_experts")
     for config in configs:
         OmegaConf.set_struct(config, False)
         for name in of_the_method:
-            del config.model[name]
+            config.model.pop(name, None)
         del config.task.loss_coefficients
         for group in ("data", "model", "task", "callbacks", "trainer", "logger"):
             assert config[group] == configs[0][group]

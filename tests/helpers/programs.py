@@ -49,8 +49,13 @@ def write_corpus(path: Path) -> Path:
     return path
 
 
-def tiny_overrides(corpus: Path, cache_dir: Path) -> list[str]:
-    """Overrides that make a run of any experiment take a second or two, once its corpus is encoded."""
+def tiny_model(experiment: str) -> str:
+    """The override that gives an experiment the smallest model of its kind."""
+    return f"model={'roberta' if experiment.startswith('mlm') else 'gpt'}_tiny"
+
+
+def tiny_overrides(corpus: Path, cache_dir: Path, experiment: str = "gpt_dts") -> list[str]:
+    """Overrides that make a run of an experiment take a second or two, once its corpus is encoded."""
     return [
         "data=text_files",
         f"data.train={corpus}",
@@ -58,7 +63,7 @@ def tiny_overrides(corpus: Path, cache_dir: Path) -> list[str]:
         "data.context=32",
         "data.batch_size=4",
         "data.vocab_size=300",
-        "model=gpt_tiny",
+        tiny_model(experiment),
         f"paths.cache_dir={cache_dir}",
         "trainer.accelerator=cpu",
         "trainer.max_steps=20",

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
 from evomoe.models.gpt import GPT
 from evomoe.models.network import BlockOptions
+from evomoe.models.roberta import RoBERTa
 from evomoe.routing.switch import Switch
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
@@ -30,13 +31,22 @@ def build_on_meta(name: str, vocab_size: int, context: int) -> GPT:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_key_is_an_argument_with_a_comment(path: Path) -> None:
     config = OmegaConf.load(path)
-    blocks = {field.name for field in dataclasses.fields(BlockOptions)} - {"norm_first"}
-    arguments = (GPT.__init__.__annotations__.keys() | blocks) - {"return", "options"}
+    # The order of norms is GPT's own, and nothing is the future for an encoder.
+    fixed = {GPT: "norm_first", RoBERTa: "allow_future_leak"}
+    network = get_class(config._target_)
+    blocks = {field.name for field in dataclasses.fields(BlockOptions)} - {fixed[network]}
+    arguments = (network.__init__.__annotations__.keys() | blocks) - {"return", "options"}
     assert set(config) == arguments | {"_target_"}
     lines = path.read_text().splitlines()
     for key in arguments:
         (index,) = [index for index, line in enumerate(lines) if line.startswith(f"{key}:")]
         assert lines[index - 1].startswith("# ")
+
+
+def test_roberta_base_has_the_size_of_the_paper() -> None:
+    """125M parameters with the paper's vocabulary, and its two position rows for padding."""
+    model = build_on_meta("roberta_base", vocab_size=50265, context=514)
+    assert model.num_active_parameters() == pytest.approx(125e6, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["gpt_tiny", "gpt_mini", "gpt_small", "gpt_medium"])

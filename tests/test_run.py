@@ -362,3 +362,22 @@ def test_the_experts_of_each_token_are_shown(trained, capsys):
 def test_an_empty_prompt_is_refused(trained, prompt):
     with pytest.raises(ConfigError, match="^prompt is empty"):
         write(trained, f"prompt={prompt}")
+
+
+def test_hidden_words_are_guessed(train, tmp_path, capsys):
+    train(tmp_path / "mlm" / "run", *PLAIN, "trainer.max_steps=4", experiment="mlm_switch")
+    ask = (f"log_dir={tmp_path}", "candidates=3")
+    texts = run.write(compose(*ask, 'prompt=["Return the <mask> of a <mask>.","<mask>"]', config="generate"))
+    assert re.fullmatch(r"Return the .* of a .*\.", texts[0], re.DOTALL)
+    assert len(texts) == 2
+    assert all("<mask>" not in text for text in texts)
+    shown = capsys.readouterr().out
+    assert "Return the <mask> of a <mask>." in shown
+    assert len(re.findall(r"\d+\.\d%", shown)) == 9  # three guesses for each of three masks
+    with pytest.raises(ConfigError, match="prompt holds no <mask>"):
+        run.write(compose(*ask, 'prompt="Return"', config="generate"))
+
+
+def test_a_masked_model_without_a_mask_token_is_refused(train, tmp_path):
+    with pytest.raises(ConfigError, match=r"data.mask_token=false: masked language modelling needs a token"):
+        train(tmp_path, *PLAIN, "data.mask_token=false", experiment="mlm_dense")

@@ -4,14 +4,13 @@
 # ARGS        overrides for train.py, or options for pytest in test and unit
 # EXPERIMENT  the experiment of train, a file of configs/experiment
 # WORKERS     test processes
+# ONLY        the experiments of smoke
 
 PYTHON     ?= python3
 EXPERIMENT ?= gpt_dts
 WORKERS    ?= 2
 ARGS       ?=
-
-# Every part of a run at the size of a test, whatever the experiment is made for.
-SMOKE := debug=fast_dev_run model=gpt_tiny
+ONLY       ?= $(basename $(notdir $(wildcard configs/experiment/*.yaml)))
 
 BIN := .venv/bin
 
@@ -36,10 +35,11 @@ lint: .venv/installed-dev  ## Ruff, mypy and the import contracts
 unit: .venv/installed-dev  ## The tests alone; ARGS="-k router" picks some
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-smoke: .venv/installed  ## A few batches of every experiment
-	@set -e; for file in configs/experiment/*.yaml; do \
-		echo "== $$(basename $$file .yaml)"; \
-		$(BIN)/python train.py experiment=$$(basename $$file .yaml) $(SMOKE) $(ARGS); \
+smoke: .venv/installed  ## A few batches of every experiment, or of ONLY="gpt_dts mlm_dts"
+	@set -e; for name in $(ONLY); do \
+		case $$name in mlm_*) model=roberta_tiny ;; *) model=gpt_tiny ;; esac; \
+		echo "== $$name"; \
+		$(BIN)/python train.py experiment=$$name debug=fast_dev_run model=$$model $(ARGS); \
 	done
 
 clean:  ## Remove the environment and the caches; logs/ stays

@@ -288,6 +288,12 @@ def test_a_mandatory_value_left_out_is_named(arguments, config, message):
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize("path", sorted((CONFIGS / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
+def test_no_experiment_lacks_a_value(path):
+    """Not those either whose routers refer to a value that the run fills."""
+    check_missing(compose(f"experiment={path.stem}", "paths.run_dir=here"))
+
+
 def test_nothing_is_missing_that_the_run_fills():
     config = compose("data=text_files", "data.train=a.txt", "paths.run_dir=here")
     assert OmegaConf.missing_keys(config) == {"model.vocab_size"}

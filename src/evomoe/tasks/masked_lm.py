@@ -23,6 +23,10 @@ from evomoe.tasks.optimization import Optimization
 from evomoe.tasks.rule_means import RuleMeans
 
 
+READ_AT_ONCE = 2**22
+"""Ids of a split that are counted at once: they become eight bytes each."""
+
+
 class MaskedLanguageModeling(MoETask):
     """Trains a :class:`RoBERTa` on the windows of a causal language model, ``{"tokens": (B, S + 1)}``.
 
@@ -76,7 +80,7 @@ class MaskedLanguageModeling(MoETask):
         if self.whole_words:
             self.word_starts = torch.tensor(data.tokenizer.word_starts(), device=self.device)
         if stage == "test":
-            self.most_frequent_id = int(np.bincount(data.training_ids()).argmax())
+            self.most_frequent_id = _most_frequent(data.training_ids(), data.vocab_size)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """One forward pass; returns the optimized loss, and for the callbacks what was done."""
@@ -156,3 +160,10 @@ class MaskedLanguageModeling(MoETask):
             means[f"perplexity{suffix}"] = means[f"loss{suffix}"].exp()
         # Equal on all processes already; sync_dist keeps Lightning from doubting it.
         self.log_dict({f"{split}/{name}": mean for name, mean in means.items()}, sync_dist=True)
+
+
+def _most_frequent(token_ids: np.ndarray, vocab_size: int) -> int:
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for start in range(0, len(token_ids), READ_AT_ONCE):
+        counts += np.bincount(token_ids[start : start + READ_AT_ONCE], minlength=vocab_size)
+    return int(counts.argmax())

@@ -22,7 +22,6 @@ from evomoe.tasks.moe_task import Coefficient, MoETask
 from evomoe.tasks.optimization import Optimization
 from evomoe.tasks.rule_means import RuleMeans
 
-
 READ_AT_ONCE = 2**22
 """Ids of a split that are counted at once: they become eight bytes each."""
 

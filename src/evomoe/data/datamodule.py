@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from evomoe.data.corpus import Corpus, fingerprint
 from evomoe.data.embedded import EmbeddedCorpus
 from evomoe.data.hub import HubCorpus
-from evomoe.data.loader import Batch, ResumableDataLoader, evaluation_loader, training_loader
+from evomoe.data.sampling import Batch, ResumableDataLoader, rank_and_world_size
 from evomoe.data.text_files import TextFileCorpus
 from evomoe.data.token_store import TokenStore
 from evomoe.data.tokenizer import Tokenizer
+from evomoe.data.windows import evaluation_windows, training_windows
 from evomoe.errors import ConfigError
 
 
@@ -142,8 +142,8 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> ResumableDataLoader:
         """Return the shuffled training batches, whose position Lightning saves and restores."""
-        rank, world_size = _rank_and_world_size()
-        return training_loader(
+        rank, world_size = rank_and_world_size()
+        return training_windows(
             self.store.tokens("train"),
             fingerprint=self.fingerprint,
             context=self.context,
@@ -163,8 +163,8 @@ class TextDataModule(LightningDataModule):
         return self._evaluation_loader("test")
 
     def _evaluation_loader(self, split: str) -> DataLoader[Batch]:
-        rank, world_size = _rank_and_world_size()
-        return evaluation_loader(
+        rank, world_size = rank_and_world_size()
+        return evaluation_windows(
             self.store.tokens(split),
             context=self.context,
             padding_id=self.tokenizer.end_of_text_id,
@@ -274,12 +274,6 @@ class HubText(TextDataModule):
         **options: Any,
     ) -> None:
         super().__init__(HubCorpus(name, config, train, val, test, text_field, rows, holdout), **options)
-
-
-def _rank_and_world_size() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,16 +11,9 @@ from data.tiny_text import ready
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomoe.data.loader import (
-    EvaluationSampler,
-    EvaluationWindows,
-    ResumableDataLoader,
-    TrainingSampler,
-    TrainingWindows,
-    evaluation_loader,
-    training_loader,
-)
+from evomoe.data.sampling import EvaluationSampler, ResumableDataLoader, TrainingSampler
 from evomoe.data.token_store import TokenFile
+from evomoe.data.windows import EvaluationWindows, TrainingWindows, evaluation_windows, training_windows
 from evomoe.errors import ConfigError
 
 
@@ -32,7 +25,7 @@ def token_file(folder: Path, count: int) -> TokenFile:
 
 def loader(folder: Path, count: int = 61, num_workers: int = 0, **options) -> ResumableDataLoader:
     defaults = {"fingerprint": "f", "context": 3, "batch_size": 4, "seed": 0, "rank": 0, "world_size": 1}
-    return training_loader(token_file(folder, count), num_workers=num_workers, **{**defaults, **options})
+    return training_windows(token_file(folder, count), num_workers=num_workers, **{**defaults, **options})
 
 
 def starts(batches) -> list[list[int]]:
@@ -85,7 +78,7 @@ class TestTrainingOrder:
         dataset = TrainingWindows(token_file(tmp_path_factory.getbasetemp(), windows * 3 + 1), context=3)
 
         def order(batch_size: int, rank: int, world_size: int) -> list[int]:
-            sampler = TrainingSampler(dataset, "f", batch_size, seed=0, rank=rank, world_size=world_size)
+            sampler = TrainingSampler(dataset, "windows", {}, batch_size, seed=0, rank=rank, world_size=world_size)
             sampler.position = epoch * sampler.batches
             assert len(list(sampler)) == len(sampler) == sampler.batches * batch_size
             return list(sampler)
@@ -108,7 +101,7 @@ class TestTrainingOrder:
                 23,
                 {"world_size": 2},
                 r"the training split has 7 windows of data.context \+ 1 tokens, fewer than one batch of "
-                r"data.batch_size=4 on each of 2 processes; lower data.batch_size or data.context, or give more text$",
+                r"data.batch_size=4 on each of 2 processes; lower data.batch_size or give more data$",
             ),
         ],
     )
@@ -192,7 +185,7 @@ class TestEvaluation:
     ) -> None:
         tokens = token_file(tmp_path_factory.getbasetemp(), count)
         ranks = [
-            list(evaluation_loader(tokens, context, 7, batch_size, 0, rank, world_size)) for rank in range(world_size)
+            list(evaluation_windows(tokens, context, 7, batch_size, 0, rank, world_size)) for rank in range(world_size)
         ]
         pairs = [
             pair

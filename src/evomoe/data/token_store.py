@@ -12,26 +12,15 @@ token of the first document has something to be predicted from.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID
 
+from evomoe.data.cache import build_folder
 from evomoe.data.corpus import SPLITS, Corpus, Piece, fingerprint
 from evomoe.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from evomoe.errors import ConfigError
@@ -120,9 +109,6 @@ class TokenStore:
     def build(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Path:
         """Train the tokenizer and encode the corpus, unless the cache holds it already.
 
-        The folder is written beside its final place and renamed when complete: a killed build leaves none, and of
-        several builds at once one wins while the others use its result.
-
         Args:
             corpus: The text.
             vocab_size: Largest number of tokens.
@@ -134,65 +120,39 @@ class TokenStore:
         Raises:
             ConfigError: The vocabulary is too small, a split holds no text, or `cache_dir` cannot be written.
         """
-        if vocab_size < SMALLEST_VOCABULARY:
-            raise ConfigError(
-                f"data.vocab_size={vocab_size} is too small: byte-level BPE needs at least {SMALLEST_VOCABULARY}"
-            )
+        check_vocab_size(vocab_size)
         identity = TokenStore.identity_of(corpus, vocab_size)
-        directory = cache_dir / fingerprint(identity)
-        if directory.exists():
-            return directory
-        draft = cache_dir / f".{directory.name}.{uuid.uuid4().hex}"
-        try:
-            draft.mkdir(parents=True)
-        except OSError as error:
-            raise ConfigError(f"paths.cache_dir={cache_dir} cannot be written ({error.strerror})") from error
-        try:
-            _write(draft, corpus, vocab_size, identity)
-            try:
-                os.rename(draft, directory)
-            except OSError:
-                if not directory.exists():  # else another build was faster
-                    raise
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-        return directory
+
+        def write(draft: Path, progress: Progress) -> None:
+            _write(draft, progress, corpus, vocab_size, identity)
+
+        return build_folder(cache_dir, identity, write)
 
 
-def _write(draft: Path, corpus: Corpus, vocab_size: int, identity: dict[str, Any]) -> None:
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        transient=True,
-        disable=rank_zero_only.rank != 0,  # type: ignore[attr-defined]
-    )
-    with progress:
-        sample = _Sample(_SAMPLE_CHARACTERS)
-        characters = dict.fromkeys(SPLITS, 0)
-        for split in SPLITS:
-            blank = True
-            for piece in corpus.pieces(split, progress):
-                blank = blank and not piece.text.strip()
-                characters[split] += len(piece.text)
-                if split == "train":
-                    sample.add(piece.text)
-            if blank:
-                raise ConfigError(corpus.explain_empty(split))
+def _write(draft: Path, progress: Progress, corpus: Corpus, vocab_size: int, identity: dict[str, Any]) -> None:
+    sample = _Sample(_SAMPLE_CHARACTERS)
+    characters = dict.fromkeys(SPLITS, 0)
+    for split in SPLITS:
+        blank = True
+        for piece in corpus.pieces(split, progress):
+            blank = blank and not piece.text.strip()
+            characters[split] += len(piece.text)
+            if split == "train":
+                sample.add(piece.text)
+        if blank:
+            raise ConfigError(corpus.explain_empty(split))
 
-        task = progress.add_task("training the tokenizer", total=None)
-        tokenizer = Tokenizer.train(sample.texts, vocab_size)
-        progress.remove_task(task)
-        (draft / "tokenizer.json").write_text(tokenizer.to_json())
+    task = progress.add_task("training the tokenizer", total=None)
+    tokenizer = Tokenizer.train(sample.texts, vocab_size)
+    progress.remove_task(task)
+    (draft / "tokenizer.json").write_text(tokenizer.to_json())
 
-        dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-        sizes = {}
-        task = progress.add_task("encoding", total=sum(characters.values()))
-        for split in SPLITS:
-            pieces = _advance(corpus.pieces(split, progress), progress, task)
-            sizes[split] = _encode(pieces, tokenizer, draft / f"{split}.bin", dtype)
+    dtype = id_dtype(tokenizer)
+    sizes = {}
+    task = progress.add_task("encoding", total=sum(characters.values()))
+    for split in SPLITS:
+        pieces = _advance(corpus.pieces(split, progress), progress, task)
+        sizes[split] = _encode(pieces, tokenizer, draft / f"{split}.bin", dtype)
 
     meta = {
         "identity": identity,
@@ -201,6 +161,23 @@ def _write(draft: Path, corpus: Corpus, vocab_size: int, identity: dict[str, Any
         "notes": corpus.notes(),
     }
     (draft / "meta.json").write_text(json.dumps(meta, indent=2))
+
+
+def id_dtype(tokenizer: Tokenizer) -> str:
+    """Return the narrowest little-endian integer type that holds every token id."""
+    return "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Refuse a vocabulary without room for every byte.
+
+    Raises:
+        ConfigError: It is too small.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ConfigError(
+            f"data.vocab_size={vocab_size} is too small: byte-level BPE needs at least {SMALLEST_VOCABULARY}"
+        )
 
 
 class _Sample:

@@ -123,7 +123,7 @@ class HoldOut:
 
     def select(self, split: str, pieces: Iterable[Piece]) -> Iterator[Piece]:
         """Keep the pieces of one split; a gap between kept pieces ends the document."""
-        return _keep(pieces, lambda text: self._split_of(text) == split) if self.missing else iter(pieces)
+        return _keep(pieces, lambda text: self.split_of(text) == split) if self.missing else iter(pieces)
 
     def explain_empty(self, split: str, source: str) -> str | None:
         """Why a split that :meth:`select` has gone through is empty; None where holding out is not to blame.
@@ -138,7 +138,8 @@ class HoldOut:
         given = " ".join(f"data.{missing}={source}" for missing in self.missing)
         return f"the training text is too short to hold out a {name} split: give more text, or {given}"
 
-    def _split_of(self, text: str) -> str:
+    def split_of(self, text: str) -> str:
+        """Return the split that a text of the training data belongs to."""
         self._saw_text = self._saw_text or bool(text.strip())
         index = int(unit_hash(normalise(text), "holdout") / self.fraction)
         return self.missing[index] if index < len(self.missing) else "train"

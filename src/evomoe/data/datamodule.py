@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from evomoe.data.corpus import Corpus, fingerprint
+from evomoe.data.corpus import Corpus
 from evomoe.data.embedded import EmbeddedCorpus
 from evomoe.data.hub import HubCorpus
 from evomoe.data.sampling import Batch, ResumableDataLoader, rank_and_world_size
+from evomoe.data.stored import StoredDataModule
 from evomoe.data.text_files import TextFileCorpus
 from evomoe.data.token_store import TokenStore
-from evomoe.data.tokenizer import Tokenizer
 from evomoe.data.windows import evaluation_windows, training_windows
-from evomoe.errors import ConfigError
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(StoredDataModule[TokenStore]):
     """Batches of token windows from a corpus, for causal language modelling.
 
     Training batches are `{"tokens": (B, S + 1) int64}`; evaluation batches also hold `"valid": (B, S) bool`, False
     where the pair (input s, target s + 1) is padding. In a run of several processes, the last evaluation batch of a
     rank may be padding throughout.
-
-    `prepare_data()` and `setup()` need no Trainer and may be called again at no cost.
 
     Args:
         corpus: The text.
@@ -46,6 +41,8 @@ class TextDataModule(LightningDataModule):
         ConfigError: A size is not positive.
     """
 
+    store_class = TokenStore
+
     def __init__(
         self,
         corpus: Corpus,
@@ -59,54 +56,12 @@ class TextDataModule(LightningDataModule):
         seed: int = 0,
         mask_token: bool = False,
     ) -> None:
-        super().__init__()
-        self.mask_token = mask_token
         sizes = {"context": context, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ConfigError(f"data.{name}={size} must be at least 1")
-        self.corpus = corpus
+        super().__init__(corpus, cache_dir, vocab_size, sizes, num_workers, seed)
         self.context = context
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.num_workers = num_workers
-        self.seed = seed
-        self._requested_vocab_size = vocab_size
-        self._cache_dir = Path(cache_dir).expanduser()
-        self._store: TokenStore | None = None
-
-    # -- Preparation --------------------------------------------------------------------------------------------------
-
-    def prepare_data(self) -> None:
-        """Train the tokenizer and encode the corpus, unless the cache holds them."""
-        TokenStore.build(self.corpus, self._requested_vocab_size, self._cache_dir)
-
-    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
-        """Open what `prepare_data` wrote; all splits at once, whatever the stage."""
-        if self._store is None:
-            self._store = TokenStore(self._cache_dir / self.fingerprint)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits that name the text and its encoding."""
-        return fingerprint(TokenStore.identity_of(self.corpus, self._requested_vocab_size))
-
-    @property
-    def store(self) -> TokenStore:
-        """The encoded splits."""
-        if self._store is None:
-            raise RuntimeError("call prepare_data() and setup() first")
-        return self._store
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the corpus."""
-        return self.store.tokenizer
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens that the tokenizer really has."""
-        return self.tokenizer.vocab_size
+        self.mask_token = mask_token
 
     def model_sizes(self) -> dict[str, int]:
         """Return the arguments of a model that the data decide."""
@@ -137,8 +92,6 @@ class TextDataModule(LightningDataModule):
         )
         notes = "".join(f", {count:,} {name.replace('_', ' ')}" for name, count in self.store.notes.items())
         return f"{self.store.identity['corpus']}: {sizes}; vocabulary {self.vocab_size:,}{notes} ({self.fingerprint})"
-
-    # -- Loaders ------------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> ResumableDataLoader:
         """Return the shuffled training batches, whose position Lightning saves and restores."""
@@ -173,40 +126,6 @@ class TextDataModule(LightningDataModule):
             rank=rank,
             world_size=world_size,
         )
-
-    # -- Checkpoints --------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the tokenizer, for generation without the corpus, and the identity of the data, as plain values."""
-        return {
-            "tokenizer": self.tokenizer.to_json(),
-            "fingerprint": self.fingerprint,
-            "identity": self.store.identity,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that a checkpoint belongs to this data.
-
-        Raises:
-            ConfigError: It was trained on other text, or with another tokenizer.
-        """
-        if state_dict["fingerprint"] != self.fingerprint:
-            there, here = _flatten(state_dict["identity"]), _flatten(self.store.identity)
-            changes = [
-                f"{name} {there.get(name)} -> {here.get(name)}"
-                for name in sorted({*there, *here})
-                if there.get(name) != here.get(name)
-            ]
-            more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
-            raise ConfigError(
-                f"the checkpoint was trained on other data ({', '.join(changes[:3])}{more}); "
-                "restore these or start a new run"
-            )
-        if Tokenizer.from_json(state_dict["tokenizer"]).to_json() != self.tokenizer.to_json():
-            raise ConfigError(
-                f"the checkpoint's tokenizer is not the one in {self._cache_dir / self.fingerprint}, which another "
-                "version of the tokenizers package may have trained; install that of the checkpoint, delete the folder"
-            )
 
 
 class EmbeddedText(TextDataModule):
@@ -274,11 +193,3 @@ class HubText(TextDataModule):
         **options: Any,
     ) -> None:
         super().__init__(HubCorpus(name, config, train, val, test, text_field, rows, holdout), **options)
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return `{"a.b": 1}` for `{"a": {"b": 1}}`."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

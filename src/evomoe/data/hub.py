@@ -59,9 +59,9 @@ class HubCorpus(Corpus):
     @cached_property
     def _builder(self) -> Any:
         try:
-            return _datasets().load_dataset_builder(self._name, self._config)
+            return load_datasets().load_dataset_builder(self._name, self._config)
         except (ValueError, OSError) as error:
-            raise ConfigError(f"data.name={self._name}, data.config={self._config}: {_first_line(error)}") from error
+            raise ConfigError(f"data.name={self._name}, data.config={self._config}: {first_line(error)}") from error
 
     def identity(self) -> dict[str, Any]:
         """Return the options and the hash that `datasets` gives this revision of the data."""
@@ -98,7 +98,7 @@ class HubCorpus(Corpus):
             self._builder.download_and_prepare()
             table = self._builder.as_dataset(split=self._splits[split])
         except (ValueError, OSError) as error:
-            raise ConfigError(f"data.{split}={self._splits[split]} of {self._name}: {_first_line(error)}") from error
+            raise ConfigError(f"data.{split}={self._splits[split]} of {self._name}: {first_line(error)}") from error
         if self._text_field not in table.column_names:
             raise ConfigError(
                 f"data.text_field={self._text_field} is no column of {self._name}; choose one of {table.column_names}"
@@ -107,7 +107,12 @@ class HubCorpus(Corpus):
         return (row[self._text_field] for row in track(progress, rows, len(rows), f"reading {split}"))
 
 
-def _datasets() -> ModuleType:
+def load_datasets() -> ModuleType:
+    """Import the optional package.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -115,5 +120,6 @@ def _datasets() -> ModuleType:
     return datasets
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return what an error says, in one line."""
     return str(error).strip().partition("\n")[0]

@@ -61,7 +61,7 @@ class TextFileCorpus(Corpus):
 
     @cached_property
     def _digests(self) -> dict[str, list[str]]:
-        return {split: [_digest(file) for file in files] for split, files in self._files.items()}
+        return {split: [digest(file) for file in files] for split, files in self._files.items()}
 
     def pieces(self, split: str, progress: Progress) -> Iterator[Piece]:
         """Read the files of a split in the order given, those of one pattern sorted by path."""
@@ -79,7 +79,7 @@ class TextFileCorpus(Corpus):
             if _is_json(file):
                 yield from _rows(file, self._text_field)
             else:
-                yield from blocks(_lines(file))
+                yield from blocks(lines(file))
 
 
 def _find(split: str, paths: str | Sequence[str]) -> list[Path]:
@@ -107,16 +107,17 @@ def _open(file: Path) -> IO[bytes]:
     return gzip.open(file) if file.suffix == ".gz" else file.open("rb")  # type: ignore[return-value]
 
 
-def _digest(file: Path) -> str:
-    digest = hashlib.blake2b(_is_json(file).to_bytes(1, "big"), digest_size=16)
+def digest(file: Path) -> str:
+    """Return hexadecimal digits that name the content of a file and how it is read."""
+    content = hashlib.blake2b(_is_json(file).to_bytes(1, "big"), digest_size=16)
     with file.open("rb") as stream:
         while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+            content.update(chunk)
+    return content.hexdigest()
 
 
-def _lines(file: Path) -> Iterator[str]:
-    """Yield the lines of a file, each with its line end.
+def lines(file: Path) -> Iterator[str]:
+    """Yield the lines of a text file, compressed or not, each with its line end.
 
     Raises:
         ConfigError: A line is not UTF-8, or the compressed file is damaged.
@@ -136,7 +137,7 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def _rows(file: Path, text_field: str) -> Iterator[Piece]:
-    for number, line in enumerate(_lines(file), start=1):
+    for number, line in enumerate(lines(file), start=1):
         if not line.strip():
             continue
         try:

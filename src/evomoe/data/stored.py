@@ -1,0 +1,129 @@
+"""What the datamodules over a cached store share: building it, its tokenizer, and what a checkpoint keeps of it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from lightning.pytorch import LightningDataModule
+
+from evomoe.data.corpus import fingerprint
+from evomoe.data.pair_store import PairStore
+from evomoe.data.token_store import TokenStore
+from evomoe.data.tokenizer import Tokenizer
+from evomoe.errors import ConfigError
+
+Store = TypeVar("Store", TokenStore, PairStore)
+
+
+class StoredDataModule(LightningDataModule, Generic[Store]):
+    """Data that are encoded once and read from a cache.
+
+    `prepare_data()` and `setup()` need no Trainer and may be called again at no cost.
+
+    Args:
+        corpus: What is encoded.
+        cache_dir: Folder of the encoded corpora.
+        vocab_size: Largest number of tokens of the tokenizer.
+        sizes: Options that must be at least 1, by name; None is no option.
+        num_workers: Processes that read batches ahead; 0 reads in the training process.
+        seed: Seed of the training order.
+
+    Raises:
+        ConfigError: A size is not positive.
+    """
+
+    store_class: ClassVar[Any]
+
+    def __init__(
+        self,
+        corpus: Any,
+        cache_dir: str | Path,
+        vocab_size: int,
+        sizes: dict[str, int | None],
+        num_workers: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ConfigError(f"data.{name}={size} must be at least 1")
+        self.corpus = corpus
+        self.num_workers = num_workers
+        self.seed = seed
+        self._requested_vocab_size = vocab_size
+        self._cache_dir = Path(cache_dir).expanduser()
+        self._store: Store | None = None
+
+    def prepare_data(self) -> None:
+        """Train the tokenizer and encode the corpus, unless the cache holds them."""
+        self.store_class.build(self.corpus, self._requested_vocab_size, self._cache_dir)
+
+    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
+        """Open what `prepare_data` wrote; all splits at once, whatever the stage."""
+        if self._store is None:
+            self._store = self.store_class(self._cache_dir / self.fingerprint)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that name the text and its encoding."""
+        return fingerprint(self.store_class.identity_of(self.corpus, self._requested_vocab_size))
+
+    @property
+    def store(self) -> Store:
+        """The encoded splits."""
+        if self._store is None:
+            raise RuntimeError("call prepare_data() and setup() first")
+        return self._store
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the corpus."""
+        return self.store.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that the tokenizer really has."""
+        return self.tokenizer.vocab_size
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the tokenizer, for generation without the corpus, and the identity of the data, as plain values."""
+        return {
+            "tokenizer": self.tokenizer.to_json(),
+            "fingerprint": self.fingerprint,
+            "identity": self.store.identity,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that a checkpoint belongs to this data.
+
+        Raises:
+            ConfigError: It was trained on other text, or with another tokenizer.
+        """
+        if state_dict["fingerprint"] != self.fingerprint:
+            there: dict[str, Any] = _flatten(state_dict["identity"])
+            here: dict[str, Any] = _flatten(self.store.identity)
+            changes = [
+                f"{name} {there.get(name)} -> {here.get(name)}"
+                for name in sorted({*there, *here})
+                if there.get(name) != here.get(name)
+            ]
+            more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+            raise ConfigError(
+                f"the checkpoint was trained on other data ({', '.join(changes[:3])}{more}); "
+                "restore these or start a new run"
+            )
+        if Tokenizer.from_json(state_dict["tokenizer"]).to_json() != self.tokenizer.to_json():
+            raise ConfigError(
+                f"the checkpoint's tokenizer is not the one in {self._cache_dir / self.fingerprint}, which another "
+                "version of the tokenizers package may have trained; install that of the checkpoint, delete the folder"
+            )
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return `{"a.b": 1}` for `{"a": {"b": 1}}`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

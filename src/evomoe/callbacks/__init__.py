@@ -12,6 +12,7 @@ from evomoe.callbacks.routing_report import RoutingReport
 from evomoe.callbacks.samples import TextSamples
 from evomoe.callbacks.summary import RunSummary, print_closing
 from evomoe.callbacks.throughput import Throughput
+from evomoe.callbacks.translations import TranslationSamples
 
 __all__ = [
     "Evolution",
@@ -26,5 +27,6 @@ __all__ = [
     "SafeCheckpoint",
     "TextSamples",
     "Throughput",
+    "TranslationSamples",
     "print_closing",
 ]

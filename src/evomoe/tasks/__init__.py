@@ -4,5 +4,6 @@ from evomoe.tasks.language_modeling import LanguageModeling
 from evomoe.tasks.masked_lm import MaskedLanguageModeling
 from evomoe.tasks.moe_task import Coefficient, MoETask
 from evomoe.tasks.optimization import Optimization
+from evomoe.tasks.translation import Translation
 
-__all__ = ["Coefficient", "LanguageModeling", "MaskedLanguageModeling", "MoETask", "Optimization"]
+__all__ = ["Coefficient", "LanguageModeling", "MaskedLanguageModeling", "MoETask", "Optimization", "Translation"]

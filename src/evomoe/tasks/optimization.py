@@ -12,14 +12,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from evomoe.errors import ConfigError
 from evomoe.moe import MoELayer
 
+DECAYS = ("cosine", "inverse_sqrt")
+
 
 @dataclass(frozen=True)
 class Optimization:
-    """AdamW with warm-up and cosine decay.
+    """AdamW with warm-up and decay.
 
     Args:
         learning_rate: peak.
-        min_ratio: final learning rate as a share of the peak.
+        decay: ``cosine``, to ``min_ratio`` at the end of the run, or ``inverse_sqrt`` of the step (arXiv 1706.03762).
+        min_ratio: final learning rate as a share of the peak; unused with ``inverse_sqrt``.
         warmup: optimizer steps (int) or share of the run (float in [0, 1]) of the linear warm-up.
         weight_decay: decoupled; not applied to norms, biases and routers.
         beta1: decay of the first moment.
@@ -28,6 +31,7 @@ class Optimization:
     """
 
     learning_rate: float = 1e-3
+    decay: str = "cosine"
     min_ratio: float = 0.1
     warmup: int | float = 0.05
     weight_decay: float = 0.1
@@ -38,6 +42,8 @@ class Optimization:
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate={self.learning_rate}: expected a value above 0")
+        if self.decay not in DECAYS:
+            raise ConfigError(f"decay={self.decay!r} of the learning rate is unknown: expected {' or '.join(DECAYS)}")
         if not 0 <= self.min_ratio <= 1:
             raise ConfigError(f"min_ratio={self.min_ratio}: expected a share of the peak learning rate in [0, 1]")
         if self.warmup < 0 or (isinstance(self.warmup, float) and self.warmup > 1):
@@ -52,12 +58,14 @@ class Optimization:
         )
 
     def scheduler(self, optimizer: torch.optim.Optimizer, total: int) -> LambdaLR:
-        """Linear warm-up, then cosine to ``min_ratio`` of the peak at step ``total``."""
+        """Linear warm-up, then the decay, in a run of ``total`` steps."""
         warmup = round(self.warmup * total) if isinstance(self.warmup, float) else self.warmup
 
         def factor(step: int) -> float:
             if step < warmup:
                 return (step + 1) / (warmup + 1)
+            if self.decay == "inverse_sqrt":
+                return math.sqrt((warmup + 1) / (step + 1))
             progress = min((step - warmup) / max(total - warmup, 1), 1.0)
             return self.min_ratio + (1 - self.min_ratio) * (1 + math.cos(math.pi * progress)) / 2
 

@@ -1,0 +1,189 @@
+"""Translation by an encoder-decoder.
+
+Shapes: B batch, M source sequence, S target sequence, V joint vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from evomoe.errors import ConfigError
+from evomoe.models.beam_search import beam_search
+from evomoe.models.flops import Work
+from evomoe.models.transformer import Transformer
+from evomoe.routing import Routing, Words
+from evomoe.routing.processes import alone
+from evomoe.tasks.moe_task import Coefficient, MoETask
+from evomoe.tasks.optimization import Optimization
+from evomoe.tasks.rule_means import RuleMeans
+from evomoe.tasks.translation_scores import TranslatedSentence, TranslationScores
+
+NO_TARGET = -100
+"""Marks padding among the targets."""
+
+
+class Translation(MoETask):
+    """Trains a :class:`Transformer` on batches of sentence pairs, see :class:`evomoe.data.pair_batches.PairBatches`.
+
+    The training loss is the mean cross-entropy of a target token with smoothed labels. Evaluations log, under both
+    rules, ``loss``, without smoothing, and ``perplexity`` of a target token given the reference before it; and of
+    translations by the model alone ``bleu``, ``chrf`` and ``exact_match``, of the first ``val_sentences`` of the
+    validation split greedily, of the whole test split by beam search. They route by the training rule, which is the
+    final one once a gate has hardened.
+
+    Args:
+        model: the network.
+        optimization: optimizer and learning-rate schedule.
+        loss_coefficients: factor of each auxiliary loss by its name, see :class:`MoETask`.
+        balance_scope: ``local`` or ``global``, see :class:`MoETask`.
+        label_smoothing: share of the probability that the training targets spread over the vocabulary.
+        beam: width of the beam search of the test.
+        length_penalty: exponent of the length that divides a log-probability in it.
+        val_sentences: sentences to translate in each validation, about; 0 for none.
+        bleu_tokenizer: how sacrebleu cuts the texts into words: ``13a``, ``intl``, ``char``, ``zh``, ``ja-mecab`` ...
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimization: Optimization,
+        loss_coefficients: Mapping[str, float | Coefficient] | None = None,
+        balance_scope: str = "local",
+        label_smoothing: float = 0.1,
+        beam: int = 5,
+        length_penalty: float = 1.0,
+        val_sentences: int = 64,
+        bleu_tokenizer: str = "13a",
+    ) -> None:
+        super().__init__(model, optimization, loss_coefficients, balance_scope)
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"task.label_smoothing={label_smoothing}: expected a share in [0, 1), such as 0.1")
+        for name, value, least in (("beam", beam, 1), ("val_sentences", val_sentences, 0)):
+            if value < least:
+                raise ConfigError(f"task.{name}={value}: expected at least {least}")
+        self.label_smoothing = label_smoothing
+        self.beam = beam
+        self.length_penalty = length_penalty
+        self.val_sentences = val_sentences
+        self.means = RuleMeans("loss")
+        self.scores = TranslationScores(bleu_tokenizer)
+
+    @property
+    def translations(self) -> list[TranslatedSentence]:
+        """What this process translated in the last evaluation."""
+        return self.scores.translations
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        """Logits ``(B, S, V)`` of targets ``(B, S)`` given sources ``(B, M)``."""
+        return self.model(source, target)[0]
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """One forward pass; returns the optimized loss, and for the callbacks what was done."""
+        total, routings = self._cross_entropy(batch, smoothing=self.label_smoothing)
+        count = batch["valid"].sum()
+        (sequences, source), target = batch["source"].shape, batch["valid"].shape[1]
+        # The encoder's layers come first, and see other tokens than the decoder's.
+        split = len(routings) // 2
+        active = [routing.rows / (sequences * source) for routing in routings[:split]]
+        active += [routing.rows / (sequences * target) for routing in routings[split:]]
+        flops = self.model.forward_flops(sequences, source, target, active)
+        work = Work(positions=sequences * (source + target), tokens=count, forward_flops=flops)
+        return self.training_outputs(total / count, routings, work)
+
+    def on_validation_epoch_start(self) -> None:
+        """Count from nothing."""
+        self._begin()
+
+    def on_test_epoch_start(self) -> None:
+        """Count from nothing."""
+        self._begin()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """Accumulate the loss under both rules, and translate the first sentences."""
+        share = math.ceil(self.val_sentences / self.trainer.world_size)
+        missing = 0 if self.trainer.sanity_checking else share - len(self.translations)
+        if missing > 0:
+            self._translate({name: values[:missing] for name, values in batch.items()}, "val", beam=1)
+        return self._evaluate(batch)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """Accumulate the loss under both rules, and translate all sentences."""
+        self._translate(batch, "test", self.beam)
+        return self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over the target tokens, and the scores of the translations."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means over the target tokens, and the scores of the translations; print how these are computed."""
+        self._log_evaluation("test")
+        rank_zero_info(f"BLEU: {self.scores.bleu_signature}; chrF: {self.scores.chrf_signature}")
+
+    def _begin(self) -> None:
+        self.means.reset()
+        self.scores.reset()
+
+    def _cross_entropy(
+        self, batch: dict[str, Tensor], final_rule: bool = False, smoothing: float = 0.0
+    ) -> tuple[Tensor, list[Routing]]:
+        """Sum over the real target tokens, and the routings."""
+        target, valid = batch["target"], batch["valid"]
+        logits, routings = self.model(
+            batch["source"],
+            target[:, :-1],
+            source_valid=batch["source_valid"],
+            valid=valid,
+            final_rule=final_rule,
+        )
+        scores = logits.flatten(0, 1).float()
+        targets = target[:, 1:].masked_fill(~valid, NO_TARGET).flatten()
+        total = F.cross_entropy(scores, targets, ignore_index=NO_TARGET, reduction="sum", label_smoothing=smoothing)
+        return total, routings
+
+    def _evaluate(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        loss, routings = self._cross_entropy(batch)
+        sparse_loss, final_routings = loss, routings
+        if self.rules_differ():
+            sparse_loss, final_routings = self._cross_entropy(batch, final_rule=True)
+        self.means.update(batch["valid"].sum(), {"loss": loss}, {"loss": sparse_loss})
+        split = len(routings) // 2
+        words = [Words(batch["source"], batch["source_valid"])] * split
+        words += [Words(batch["target"][:, :-1], batch["valid"])] * (len(routings) - split)
+        return {"final_routings": final_routings, "words": words}
+
+    def _translate(self, batch: dict[str, Tensor], split: str, beam: int) -> None:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        end_id = data.tokenizer.end_of_text_id
+        real = batch["index"] >= 0  # others fill up the batches of a process that has less
+        rows = zip(batch["source"][real], batch["source_valid"][real], strict=True)
+        sources = [source[valid].tolist() for source, valid in rows]
+        if not sources:
+            return
+        with alone():  # the other processes write sentences of other lengths
+            found = beam_search(
+                self.model,
+                sources,
+                begin_id=end_id,
+                end_id=end_id,
+                beam=beam,
+                length_penalty=self.length_penalty,
+            )
+        for index, hypotheses in zip(batch["index"][real].tolist(), found, strict=True):
+            source, reference = data.texts(split, index)
+            hypothesis = data.tokenizer.decode(hypotheses[0].tokens)
+            self.scores.add(TranslatedSentence(index, source, reference, hypothesis))
+
+    def _log_evaluation(self, split: str) -> None:
+        values: dict[str, Any] = {}
+        for name, loss in self.means.compute().items():
+            values |= {name: loss, name.replace("loss", "perplexity"): loss.exp()}
+        values |= self.scores.compute()
+        # Equal on all processes already; sync_dist keeps Lightning from doubting it.
+        self.log_dict({f"{split}/{name}": value for name, value in values.items()}, sync_dist=True)

@@ -1,0 +1,89 @@
+"""How good translations are: BLEU, chrF and the share that is right to the letter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sacrebleu.metrics import BLEU, CHRF
+from torch import distributed
+
+from evomoe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TranslatedSentence:
+    """A sentence and what became of it.
+
+    Args:
+        index: number of the pair in its split.
+        source: the sentence.
+        reference: its translation in the data.
+        hypothesis: its translation by the model.
+    """
+
+    index: int
+    source: str
+    reference: str
+    hypothesis: str
+
+
+class TranslationScores:
+    """Scores of all translations of all processes, by sacrebleu (Post, 2018) on the texts as they are.
+
+    Args:
+        tokenizer: how BLEU cuts the texts into words, by sacrebleu's name.
+
+    Raises:
+        ConfigError: if sacrebleu knows no such tokenizer, or misses a package for it.
+    """
+
+    def __init__(self, tokenizer: str = "13a") -> None:
+        if tokenizer not in BLEU.TOKENIZERS:
+            known = ", ".join(sorted(BLEU.TOKENIZERS))
+            raise ConfigError(f"task.bleu_tokenizer={tokenizer} is unknown to sacrebleu; choose one of {known}")
+        try:
+            self._bleu = BLEU(tokenize=tokenizer)
+        except (ImportError, RuntimeError) as error:
+            raise ConfigError(f"task.bleu_tokenizer={tokenizer}: {' '.join(str(error).split())}") from error
+        self._chrf = CHRF()
+        self.translations: list[TranslatedSentence] = []
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.translations = []
+
+    def add(self, translation: TranslatedSentence) -> None:
+        """Count a translation of this process."""
+        self.translations.append(translation)
+
+    def compute(self) -> dict[str, float]:
+        """``bleu`` and ``chrf`` in percent, ``exact_match`` as a share; nothing if no process has translated."""
+        translations = self.gather()
+        if not translations:
+            return {}
+        hypotheses = [translation.hypothesis for translation in translations]
+        references = [[translation.reference for translation in translations]]
+        exact = sum(translation.hypothesis == translation.reference for translation in translations)
+        return {
+            "bleu": self._bleu.corpus_score(hypotheses, references).score,
+            "chrf": self._chrf.corpus_score(hypotheses, references).score,
+            "exact_match": exact / len(translations),
+        }
+
+    @property
+    def bleu_signature(self) -> str:
+        """What BLEU was computed with; complete once it has been."""
+        return self._bleu.get_signature().format()
+
+    @property
+    def chrf_signature(self) -> str:
+        """What chrF was computed with; complete once it has been."""
+        return self._chrf.get_signature().format()
+
+    def gather(self) -> list[TranslatedSentence]:
+        """The translations of all processes, in the order of the split."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return sorted(self.translations, key=lambda found: found.index)
+        parts: list[list[TranslatedSentence]] = [[] for _ in range(distributed.get_world_size())]
+        distributed.all_gather_object(parts, self.translations)
+        return sorted((translation for part in parts for translation in part), key=lambda found: found.index)

@@ -1,0 +1,151 @@
+"""What a set of labelled images is: three splits of equal-sized images in memory, checked before training.
+
+Shapes: N images, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from evomoe.errors import ConfigError
+
+HOLDOUT_SEED = 0
+"""Of the draw that holds out a split: the same for all runs, so that their results are about the same images."""
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """A split.
+
+    Args:
+        images: `(N, C, H, W)` uint8.
+        labels: `(N,)` int64, indices of the classes.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: np.ndarray) -> LabelledImages:
+        return LabelledImages(self.images[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images in three splits.
+
+    Args:
+        splits: `train`, `val` and `test`, in this order.
+        classes: Name of each class.
+
+    Raises:
+        ConfigError: A split is empty or of another image size, a label is no class, or a class of another split has no
+            training image.
+    """
+
+    splits: dict[str, LabelledImages]
+    classes: list[str]
+
+    def __post_init__(self) -> None:
+        train = self.splits["train"]
+        for name, split in self.splits.items():
+            if len(split) == 0:
+                raise ConfigError(f"the {name} split has no image: give more of them, or another data.holdout")
+            if split.images.shape[1:] != train.images.shape[1:]:
+                raise ConfigError(
+                    f"the {name} split has images of {_size(split)} and the training split of {_size(train)}: give all "
+                    "images one size"
+                )
+            unknown = split.labels[(split.labels < 0) | (split.labels >= len(self.classes))]
+            if len(unknown):
+                raise ConfigError(
+                    f"the {name} split has the label {unknown[0]}, and there are {len(self.classes)} classes: expected "
+                    f"labels from 0 to {len(self.classes) - 1}"
+                )
+        counts = np.bincount(train.labels, minlength=len(self.classes))
+        for name, split in self.splits.items():
+            untrained = np.unique(split.labels[counts[split.labels] == 0])
+            if len(untrained):
+                raise ConfigError(
+                    f"the class {self.classes[untrained[0]]!r} of the {name} split has no training image: add some, or "
+                    "leave the class out"
+                )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        channels, height, width = self.splits["train"].images.shape[1:]
+        return channels, height, width
+
+    def digest(self) -> str:
+        """Return hexadecimal digits that depend on all pixels, labels and names of classes."""
+        digest = blake2b(repr((self.classes, self.shape)).encode(), digest_size=16)
+        for split in self.splits.values():
+            digest.update(np.ascontiguousarray(split.images).data)
+            digest.update(np.ascontiguousarray(split.labels).data)
+        return digest.hexdigest()
+
+
+class ImageSource(ABC):
+    """Where labelled images come from."""
+
+    def prepare(self) -> None:  # noqa: B027
+        """Download what is missing, on one process alone."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Return the options in plain values, for the message about a checkpoint of other data."""
+
+    @abstractmethod
+    def load(self) -> ImageSet:
+        """Read all splits into memory."""
+
+
+def hold_out(labels: np.ndarray, shares: dict[str, float], seed: int = HOLDOUT_SEED) -> dict[str, np.ndarray]:
+    """Draw splits in which every class has its share.
+
+    Args:
+        labels: `(N,)` class of each item.
+        shares: Share of each split that is held out, by its name.
+        seed: Of the draw.
+
+    Returns:
+        Ascending indices of the items of each split, those that remain under `train`. Of a class with n items a split
+        gets its share, rounded to the nearest number.
+
+    Raises:
+        ConfigError: A share is not above 0, or nothing would be left to train on.
+    """
+    if min(shares.values()) <= 0 or sum(shares.values()) >= 1:
+        given = ", ".join(f"{share:g} for {name}" for name, share in shares.items())
+        raise ConfigError(f"data.holdout: expected shares above 0 that leave images to train on, and got {given}")
+    generator = np.random.default_rng(seed)
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("train", *shares)}
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        ends = np.rint(np.cumsum([0.0, *shares.values()]) * len(members)).astype(int)
+        for name, start, end in zip(shares, ends[:-1], ends[1:], strict=True):
+            parts[name].append(members[start:end])
+        parts["train"].append(members[ends[-1] :])
+    return {name: np.sort(np.concatenate(members)) for name, members in parts.items()}
+
+
+def with_validation(
+    train: LabelledImages, test: LabelledImages, classes: list[str], holdout: float, val: LabelledImages | None = None
+) -> ImageSet:
+    """Return the image set, with validation images held out of the training images unless they are given."""
+    if val is None:
+        indices = hold_out(train.labels, {"val": holdout})
+        train, val = train[indices["train"]], train[indices["val"]]
+    return ImageSet({"train": train, "val": val, "test": test}, classes)
+
+
+def _size(split: LabelledImages) -> str:
+    return " x ".join(str(size) for size in split.images.shape[1:])

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from evomoe.cli import run_main
-from evomoe.run import write
+from evomoe.writing import write
 
 if __name__ == "__main__":
     run_main(write, Path(__file__).resolve().parent / "configs", "generate")

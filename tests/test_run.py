@@ -14,7 +14,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import OmegaConf
 
-from evomoe import run
+from evomoe import run, writing
 from evomoe.callbacks import EvolutionProgress
 from evomoe.callbacks.evolution import moe_layers
 from evomoe.checkpointing import checkpoint_path, list_checkpoints, save_checkpoint
@@ -330,7 +330,7 @@ def test_a_checkpoint_cannot_choose_what_is_called(trained, tmp_path, key, targe
 
 
 def write(trained, *overrides: str) -> list[str]:
-    return run.write(compose(f"log_dir={trained.logs}", "max_new_tokens=8", *overrides, config="generate"))
+    return writing.write(compose(f"log_dir={trained.logs}", "max_new_tokens=8", *overrides, config="generate"))
 
 
 def test_what_is_written_begins_with_the_prompt_and_is_printed_unchanged(trained, capsys):
@@ -367,7 +367,7 @@ def test_an_empty_prompt_is_refused(trained, prompt):
 def test_hidden_words_are_guessed(train, tmp_path, capsys):
     train(tmp_path / "mlm" / "run", *PLAIN, "trainer.max_steps=4", experiment="mlm_switch")
     ask = (f"log_dir={tmp_path}", "candidates=3")
-    texts = run.write(compose(*ask, 'prompt=["Return the <mask> of a <mask>.","<mask>"]', config="generate"))
+    texts = writing.write(compose(*ask, 'prompt=["Return the <mask> of a <mask>.","<mask>"]', config="generate"))
     assert re.fullmatch(r"Return the .* of a .*\.", texts[0], re.DOTALL)
     assert len(texts) == 2
     assert all("<mask>" not in text for text in texts)
@@ -375,9 +375,51 @@ def test_hidden_words_are_guessed(train, tmp_path, capsys):
     assert "Return the <mask> of a <mask>." in shown
     assert len(re.findall(r"\d+\.\d%", shown)) == 9  # three guesses for each of three masks
     with pytest.raises(ConfigError, match="prompt holds no <mask>"):
-        run.write(compose(*ask, 'prompt="Return"', config="generate"))
+        writing.write(compose(*ask, 'prompt="Return"', config="generate"))
 
 
 def test_a_masked_model_without_a_mask_token_is_refused(train, tmp_path):
     with pytest.raises(ConfigError, match=r"data.mask_token=false: masked language modelling needs a token"):
         train(tmp_path, *PLAIN, "data.mask_token=false", experiment="mlm_dense")
+
+
+def test_sentences_are_translated(train, tmp_path, capsys):
+    folder = tmp_path / "mt" / "run"
+    values, _ = train(folder, *PLAIN[:2], "trainer.max_steps=4", "trainer.val_check_interval=4", experiment="mt_dts")
+    assert {"test/bleu", "test/chrf", "test/exact_match", "val/bleu", "val/loss_sparse"} <= values.keys()
+    ask = (f"log_dir={tmp_path}", "beam=2")
+
+    def translate(*overrides: str) -> list[str]:
+        capsys.readouterr()
+        return writing.write(compose(*ask, *overrides, config="generate"))
+
+    sentences = ["Return the value.", "If it is, print", "The"]
+    (tmp_path / "in.txt").write_text("\n".join(sentences) + "\n")
+    all_at_once = translate(f"source_file={tmp_path / 'in.txt'}")
+    assert capsys.readouterr().out.split("\n")[:-1] == all_at_once
+    assert all_at_once == translate(f"source_file={tmp_path / 'in.txt'}", "batch_size=1")
+    assert all_at_once[1] == translate('source="If it is, print"')[0]
+    translate("source=The", "n_best=2")
+    assert len(re.findall(r"-\d+\.\d{3}", capsys.readouterr().out)) == 2
+
+    (tmp_path / "gap.txt").write_text("one\n\ntwo\n")
+    for overrides, message in [
+        ([], 'expected source="a sentence" or source_file=sentences.txt, one of the two'),
+        (["source=a", "source_file=b"], "one of the two"),
+        (["source=[]"], "^source is empty"),
+        (["prompt=a"], "prompt is for a model that writes on, and .* translates: give source"),
+        (["source_file=none.txt"], "source_file=none.txt: there is no such file"),
+        ([f"source_file={tmp_path / 'gap.txt'}"], r"gap.txt, line 2 is empty: expected a sentence in every line"),
+        (
+            [quote_text("source=" + "again " * 40)],
+            r"sentence 1 has \d+ tokens, its end included, and the model reads 32: shorten",
+        ),
+        (["source=a", "n_best=3"], r"n_best=3: expected 1 to beam=2"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            translate(*overrides)
+
+
+def test_a_model_that_does_not_translate_refuses_a_source(trained):
+    with pytest.raises(ConfigError, match="source is for a model that translates, which .* is not: give prompt"):
+        write(trained, "source=a")

@@ -1,13 +1,12 @@
-"""What the entry points do: build everything from a configuration, fit, test, and say what came out."""
+"""What train.py and eval.py do: build everything from a configuration, fit, test, and say what came out."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import shlex
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,7 @@ from evomoe.checkpointing import VerifiedCheckpointIO, find_checkpoint, load_che
 from evomoe.cli import instantiate
 from evomoe.data import Tokenizer
 from evomoe.errors import ConfigError
-from evomoe.models.filling import fill
-from evomoe.models.generation import Generation, generate
-from evomoe.models.gpt import GPT
-from evomoe.tasks import MaskedLanguageModeling, MoETask
+from evomoe.tasks import MoETask
 
 RESTORED = ("data", "model", "router", "task", "evolution")
 """Groups of a checkpoint's configuration that are built again: a file must not choose what else is called."""
@@ -48,9 +44,6 @@ FREE_ON_RESUME = (
     "vocab_size",  # the data say more about it
 )
 """Keys of the model that may change in the middle of a run, or that are checked elsewhere."""
-
-MASK = "<mask>"
-"""What stands for a hidden word in a prompt."""
 
 NOISE = ("GPU available", "TPU available", "\N{ELECTRIC LIGHT BULB} Tip", "`Trainer.fit` stopped", "`Trainer(limit_")
 """Beginnings of Lightning's messages that tell nothing about the run."""
@@ -293,70 +286,3 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         table.add_row(name, f"{value:.4f}")
     Console(markup=False, emoji=False).print(table)
     return values
-
-
-def write(config: DictConfig) -> list[str]:
-    """Continue prompts with a checkpoint's model, or guess the words behind each ``<mask>`` of them.
-
-    Returns:
-        The texts; those of a masked language model with its likeliest words.
-    """
-    prompts = [config.prompt] if isinstance(config.prompt, str) else list(config.prompt or [])
-    if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
-        raise ConfigError('prompt is empty: expected prompt="def " or prompt=["one","two"]')
-    restored = restore(config.ckpt_path, config.log_dir)
-    restored.task.to(torch.device(config.device))
-    if isinstance(restored.task, MaskedLanguageModeling):
-        return _fill(restored, prompts, config.candidates)
-    model: GPT = restored.task.model
-    encoded = [restored.tokenizer.encode(prompt) for prompt in prompts]
-    written = generate(
-        model,
-        encoded,
-        config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
-        stop_id=restored.tokenizer.end_of_text_id,
-        return_routing=config.show_experts,
-    )
-    texts = [restored.tokenizer.decode(sample.prompt + sample.continuation) for sample in written]
-    console = Console(highlight=False, markup=False, emoji=False)
-    for text, sample in zip(texts, written, strict=True):
-        console.rule()
-        console.out(text)
-        if sample.experts is not None:
-            console.print(_expert_table(restored.tokenizer, sample))
-    return texts
-
-
-def _fill(restored: Restored, prompts: Sequence[str], candidates: int) -> list[str]:
-    """Print the candidates for each mask of each prompt; return the prompts with the likeliest ones."""
-    model, tokenizer = restored.task.model, restored.tokenizer
-    parts = [prompt.split(MASK) for prompt in prompts]
-    encoded = [[token for part in split for token in [model.mask_id, *tokenizer.encode(part)]][1:] for split in parts]
-    console = Console(highlight=False, markup=False, emoji=False)
-    texts = []
-    for prompt, split, guesses in zip(prompts, parts, fill(model, encoded, candidates), strict=True):
-        console.rule()
-        console.out(prompt)
-        table = Table("mask", *(str(rank + 1) for rank in range(len(guesses[0]))))
-        for index, pairs in enumerate(guesses):
-            table.add_row(str(index + 1), *(f"{tokenizer.decode([token])!r} {share:.1%}" for token, share in pairs))
-        console.print(table)
-        best = [tokenizer.decode([pairs[0][0]]) for pairs in guesses]
-        texts.append("".join(text for pair in zip(split, [*best, ""], strict=True) for text in pair))
-    return texts
-
-
-def _expert_table(tokenizer: Tokenizer, sample: Generation) -> Table:
-    """One row per token, one column per MoE layer, ``expert:weight`` in the cells."""
-    layers = sample.experts or {}
-    table = Table("token", *layers)
-    rows = list(zip(*layers.values(), strict=True))
-    tokens = (sample.prompt + sample.continuation)[-len(rows) :]
-    for token, chosen in zip(tokens, rows, strict=True):
-        cells = [" ".join(f"{expert}:{weight:.2f}" for expert, weight in pairs) for pairs in chosen]
-        table.add_row(json.dumps(tokenizer.decode([token]), ensure_ascii=False), *cells)
-    return table

@@ -78,5 +78,5 @@ def test_errors_are_one_line_with_the_value(folder: Path) -> None:
 
 def test_names_the_extra_where_datasets_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r'data=hub needs the package datasets; run pip install -e "\.\[hub\]"'):
+    with pytest.raises(ConfigError, match=r'data of the Hub need the package datasets; run pip install -e "\.\[hub\]"'):
         HubCorpus("wikitext").identity()

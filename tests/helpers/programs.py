@@ -42,26 +42,42 @@ PATIENCE = 120.0  # seconds that a program may take on a busy machine
 
 
 def write_corpus(path: Path) -> Path:
-    """About 100 kB of English: docstrings of the standard library."""
+    """About 100 kB of English: docstrings of the standard library; and its lines as pairs of sentences beside it.
+
+    The files of the pairs are ``pairs.en``, and ``pairs.up`` with the same in capitals.
+    """
     modules = (argparse, collections, difflib, functools, inspect, logging, textwrap)
     texts = [inspect.getdoc(value) or "" for module in modules for value in (module, *vars(module).values())]
     path.write_text("\n\n".join(texts), encoding="utf-8")
+    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+    for language, written in (("en", lines), ("up", map(str.upper, lines))):
+        path.with_name(f"pairs.{language}").write_text("\n".join(written) + "\n", encoding="utf-8")
     return path
+
+
+TINY_MODELS = {"gpt": "gpt_tiny", "mlm": "roberta_tiny", "mt": "transformer_tiny"}
+"""The smallest model of each kind of experiment, by the beginning of its name."""
 
 
 def tiny_model(experiment: str) -> str:
     """The override that gives an experiment the smallest model of its kind."""
-    return f"model={'roberta' if experiment.startswith('mlm') else 'gpt'}_tiny"
+    return f"model={TINY_MODELS[experiment.partition('_')[0]]}"
+
+
+def tiny_data(corpus: Path, experiment: str) -> list[str]:
+    """Overrides for small data of the kind that an experiment wants."""
+    if experiment.startswith("mt"):
+        pairs = ["data=pair_files", "data.source=en", "data.target=up", f"data.train={corpus.with_name('pairs')}"]
+        return [*pairs, "data.batch_tokens=128", "data.eval_batch_tokens=1024", "task.val_sentences=4"]
+    return ["data=text_files", f"data.train={corpus}", "data.batch_size=4"]
 
 
 def tiny_overrides(corpus: Path, cache_dir: Path, experiment: str = "gpt_dts") -> list[str]:
     """Overrides that make a run of an experiment take a second or two, once its corpus is encoded."""
     return [
-        "data=text_files",
-        f"data.train={corpus}",
+        *tiny_data(corpus, experiment),
         "data.holdout=0.2",
         "data.context=32",
-        "data.batch_size=4",
         "data.vocab_size=300",
         tiny_model(experiment),
         f"paths.cache_dir={cache_dir}",

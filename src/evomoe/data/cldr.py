@@ -143,9 +143,7 @@ class _Draw:
             share = round(self._random.uniform(0, 2), 4)
             return lambda locale: numbers.format_percent(share, locale=locale, decimal_quantization=False)
         if self._random.random() < 0.4:
-            return lambda locale: numbers.format_compact_decimal(
-                value, format_type="long", fraction_digits=1, locale=locale
-            )
+            return lambda locale: _compact(value, locale)
         rounded = round(value, self._random.choice([0, 1, 2, 3]))
         return lambda locale: numbers.format_decimal(rounded, locale=locale)
 
@@ -163,6 +161,12 @@ class _Draw:
         codes = self._random.sample(_TERRITORIES.split(), self._random.randint(2, 4))
         style = self._random.choice(["standard", "or"])
         return lambda locale: lists.format_list([locale.territories[code] for code in codes], style, locale=locale)  # type: ignore[arg-type]
+
+
+def _compact(value: float, locale: Locale) -> str:
+    """Write `1.2 million`; as short as `120万` in a language that has no longer way."""
+    length: Any = "long" if "long" in locale.compact_decimal_formats else "short"
+    return numbers.format_compact_decimal(value, format_type=length, fraction_digits=1, locale=locale)
 
 
 def _locale(key: str, name: str) -> Locale:

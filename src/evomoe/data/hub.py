@@ -116,7 +116,7 @@ def load_datasets() -> ModuleType:
     try:
         import datasets
     except ImportError as error:
-        raise ConfigError('data=hub needs the package datasets; run pip install -e ".[hub]"') from error
+        raise ConfigError('data of the Hub need the package datasets; run pip install -e ".[hub]"') from error
     return datasets
 
 

@@ -1,0 +1,173 @@
+"""What generate.py does: continue texts, guess hidden words, translate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from evomoe.data import Tokenizer
+from evomoe.data.text_files import lines
+from evomoe.errors import ConfigError
+from evomoe.models.beam_search import Hypothesis, beam_search
+from evomoe.models.filling import fill
+from evomoe.models.generation import Generation, generate
+from evomoe.models.gpt import GPT
+from evomoe.models.transformer import Transformer
+from evomoe.run import Restored, restore
+from evomoe.tasks import MaskedLanguageModeling, Translation
+
+MASK = "<mask>"
+"""What stands for a hidden word in a prompt."""
+
+
+def write(config: DictConfig) -> list[str]:
+    """Continue prompts with a checkpoint's model, guess the words behind each ``<mask>`` of them, or translate.
+
+    Returns:
+        The texts; those of a masked language model with its likeliest words, and the best translations.
+    """
+    restored = restore(config.ckpt_path, config.log_dir)
+    restored.task.to(torch.device(config.device))
+    if isinstance(restored.task, Translation):
+        return _translate(restored, config)
+    if config.source is not None or config.source_file is not None:
+        raise ConfigError(f"source is for a model that translates, which {restored.path} is not: give prompt")
+    if isinstance(restored.task, MaskedLanguageModeling):
+        return _fill(restored, _texts("prompt", config.prompt, "The <mask> of"), config.candidates)
+    return _continue(restored, config)
+
+
+def _texts(key: str, given: Any, example: str) -> list[str]:
+    texts = [given] if isinstance(given, str) else list(given or [])
+    if not texts or not all(isinstance(text, str) and text.strip(" ") for text in texts):
+        raise ConfigError(f'{key} is empty: expected {key}="{example}" or {key}=["one","two"]')
+    return texts
+
+
+def _continue(restored: Restored, config: DictConfig) -> list[str]:
+    prompts = _texts("prompt", config.prompt, "def ")
+    model: GPT = restored.task.model
+    encoded = [restored.tokenizer.encode(prompt) for prompt in prompts]
+    written = generate(
+        model,
+        encoded,
+        config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+        stop_id=restored.tokenizer.end_of_text_id,
+        return_routing=config.show_experts,
+    )
+    texts = [restored.tokenizer.decode(sample.prompt + sample.continuation) for sample in written]
+    console = Console(highlight=False, markup=False, emoji=False)
+    for text, sample in zip(texts, written, strict=True):
+        console.rule()
+        console.out(text)
+        if sample.experts is not None:
+            console.print(_expert_table(restored.tokenizer, sample))
+    return texts
+
+
+def _translate(restored: Restored, config: DictConfig) -> list[str]:
+    """Print the translations, a line for each; or a table for each if several are asked for."""
+    if config.prompt is not None:
+        raise ConfigError(f"prompt is for a model that writes on, and {restored.path} translates: give source")
+    if (config.source is None) == (config.source_file is None):
+        raise ConfigError('expected source="a sentence" or source_file=sentences.txt, one of the two')
+    if config.source is not None:
+        sources = _texts("source", config.source, "a sentence")
+    else:
+        sources = _read_sentences(Path(config.source_file).expanduser())
+    model: Transformer = restored.task.model
+    tokenizer, task = restored.tokenizer, cast("Translation", restored.task)
+    end_id = tokenizer.end_of_text_id
+    encoded = [[*tokenizer.encode(source), end_id] for source in sources]
+    for number, ids in enumerate(encoded):
+        if len(ids) > model.context:
+            raise ConfigError(
+                f"sentence {number + 1} has {len(ids)} tokens, its end included, and the model reads {model.context}: "
+                "shorten it, or split it"
+            )
+    # Those of about one length together; printed in the order given.
+    order = sorted(range(len(sources)), key=lambda number: len(encoded[number]))
+    found: dict[int, list[Hypothesis]] = {}
+    with Progress(transient=True, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("translating", total=len(sources))
+        for start in range(0, len(order), config.batch_size):
+            batch = order[start : start + config.batch_size]
+            hypotheses = beam_search(
+                model,
+                [encoded[number] for number in batch],
+                begin_id=end_id,
+                end_id=end_id,
+                beam=task.beam if config.beam is None else config.beam,
+                length_penalty=task.length_penalty if config.length_penalty is None else config.length_penalty,
+                n_best=config.n_best,
+            )
+            found.update(zip(batch, hypotheses, strict=True))
+            progress.advance(bar, len(batch))
+    console = Console(highlight=False, markup=False, emoji=False)
+    best = []
+    for number, source in enumerate(sources):
+        texts = [tokenizer.decode(hypothesis.tokens) for hypothesis in found[number]]
+        best.append(texts[0])
+        if config.n_best == 1:
+            console.out(texts[0], highlight=False)
+            continue
+        table = Table("score", "translation", title=source)
+        for hypothesis, text in zip(found[number], texts, strict=True):
+            table.add_row(f"{hypothesis.score:.3f}", text)
+        console.print(table)
+    return best
+
+
+def _read_sentences(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ConfigError(f"source_file={path}: there is no such file")
+    sentences = [line.rstrip("\r\n") for line in lines(path)]
+    for number, sentence in enumerate(sentences):
+        if not sentence.strip():
+            raise ConfigError(f"{path}, line {number + 1} is empty: expected a sentence in every line")
+    if not sentences:
+        raise ConfigError(f"{path} is empty: expected a sentence in every line")
+    return sentences
+
+
+def _fill(restored: Restored, prompts: Sequence[str], candidates: int) -> list[str]:
+    """Print the candidates for each mask of each prompt; return the prompts with the likeliest ones."""
+    model, tokenizer = restored.task.model, restored.tokenizer
+    parts = [prompt.split(MASK) for prompt in prompts]
+    encoded = [[token for part in split for token in [model.mask_id, *tokenizer.encode(part)]][1:] for split in parts]
+    console = Console(highlight=False, markup=False, emoji=False)
+    texts = []
+    for prompt, split, guesses in zip(prompts, parts, fill(model, encoded, candidates), strict=True):
+        console.rule()
+        console.out(prompt)
+        table = Table("mask", *(str(rank + 1) for rank in range(len(guesses[0]))))
+        for index, pairs in enumerate(guesses):
+            table.add_row(str(index + 1), *(f"{tokenizer.decode([token])!r} {share:.1%}" for token, share in pairs))
+        console.print(table)
+        best = [tokenizer.decode([pairs[0][0]]) for pairs in guesses]
+        texts.append("".join(text for pair in zip(split, [*best, ""], strict=True) for text in pair))
+    return texts
+
+
+def _expert_table(tokenizer: Tokenizer, sample: Generation) -> Table:
+    """One row per token, one column per MoE layer, ``expert:weight`` in the cells."""
+    layers = sample.experts or {}
+    table = Table("token", *layers)
+    rows = list(zip(*layers.values(), strict=True))
+    tokens = (sample.prompt + sample.continuation)[-len(rows) :]
+    for token, chosen in zip(tokens, rows, strict=True):
+        cells = [" ".join(f"{expert}:{weight:.2f}" for expert, weight in pairs) for pairs in chosen]
+        table.add_row(json.dumps(tokenizer.decode([token]), ensure_ascii=False), *cells)
+    return table

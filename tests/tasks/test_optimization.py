@@ -83,6 +83,16 @@ def test_warm_up_in_steps_then_cosine():
     assert rates[7] == pytest.approx(0.6)  # half of the way
 
 
+def test_decay_by_the_inverse_square_root_of_the_step():
+    optimization = Optimization(learning_rate=1.0, decay="inverse_sqrt", warmup=3)
+    rates = learning_rates(optimization, total=100, steps=16)
+    # The peak in step 4, half of it in step 16, a quarter of it in step 64, however long the run is.
+    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert rates[15] == pytest.approx(0.5)
+    assert rates[8] == pytest.approx(math.sqrt(4 / 9))
+    assert learning_rates(optimization, total=10, steps=64)[63] == pytest.approx(0.25)
+
+
 def test_warm_up_as_a_share_of_the_run():
     rates = learning_rates(Optimization(learning_rate=2.0, min_ratio=0.0, warmup=0.5), total=4, steps=5)
     assert rates == pytest.approx([2 / 3, 4 / 3, 2.0, 1.0, 0.0])
@@ -98,6 +108,7 @@ def test_no_warm_up():
     [
         ({"learning_rate": 0.0}, "learning_rate=0.0: expected a value above 0"),
         ({"learning_rate": math.nan}, "learning_rate=nan"),
+        ({"decay": "linear"}, "decay='linear' of the learning rate is unknown: expected cosine or inverse_sqrt"),
         ({"min_ratio": 1.5}, r"min_ratio=1.5: expected a share of the peak learning rate in \[0, 1\]"),
         ({"warmup": -1}, "warmup=-1: expected steps >= 0"),
         ({"warmup": 1.5}, "warmup=1.5: expected steps >= 0, or a share"),

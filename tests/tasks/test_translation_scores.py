@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.processes import on_two_processes
+
+from evomoe.tasks.translation_scores import TranslatedSentence, TranslationScores
+
+SENTENCES = [
+    TranslatedSentence(0, "eins zwei drei vier", "one two three four", "one two three four"),
+    TranslatedSentence(1, "fünf sechs sieben acht", "five six seven eight", "five six seven nine"),
+]
+
+
+def scores(sentences: list[TranslatedSentence]) -> TranslationScores:
+    found = TranslationScores()
+    for sentence in sentences:
+        found.add(sentence)
+    return found
+
+
+def test_hand_typed_bleu() -> None:
+    # Of 8 words 7 are right, of 6 pairs 5, of 4 triples 3, of 2 quadruples 1; the lengths are equal.
+    expected = 100 * (7 / 8 * 5 / 6 * 3 / 4 * 1 / 2) ** 0.25
+    values = scores(SENTENCES).compute()
+    assert values["bleu"] == pytest.approx(expected)
+    assert values["exact_match"] == 0.5
+    assert expected < values["chrf"] < 100
+    assert scores(SENTENCES[:1]).compute() == {"bleu": pytest.approx(100), "chrf": 100, "exact_match": 1}
+
+
+def test_nothing_is_scored_where_nothing_was_translated() -> None:
+    found = scores(SENTENCES)
+    found.reset()
+    assert found.compute() == {}
+
+
+def test_signatures_say_how() -> None:
+    found = scores(SENTENCES)
+    found.compute()
+    assert found.bleu_signature.startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+    assert found.chrf_signature.startswith("nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:")
+
+
+def of_rank(rank: int) -> tuple[dict[str, float], list[int]]:
+    """What a process of two computes that has translated the sentence of the other's number."""
+    found = scores([SENTENCES[1 - rank]])
+    return found.compute(), [sentence.index for sentence in found.gather()]
+
+
+def test_all_processes_score_the_translations_of_all(tmp_path: Path) -> None:
+    expected = scores(SENTENCES).compute()
+    assert on_two_processes(of_rank, tmp_path) == [(expected, [0, 1])] * 2

@@ -138,14 +138,15 @@ class _Draw:
         return lambda locale: dates.format_interval(first, last, "yMMMd", locale=locale)
 
     def _number(self) -> Writer:
-        value = self._random.uniform(1, 10 ** self._random.randint(1, 9))
-        if self._random.random() < 0.3:
+        kind = self._random.choice(["plain", "plain", "compact", "percent"])
+        if kind == "percent":
             share = round(self._random.uniform(0, 2), 4)
             return lambda locale: numbers.format_percent(share, locale=locale, decimal_quantization=False)
-        if self._random.random() < 0.4:
-            return lambda locale: _compact(value, locale)
-        rounded = round(value, self._random.choice([0, 1, 2, 3]))
-        return lambda locale: numbers.format_decimal(rounded, locale=locale)
+        if kind == "compact":
+            large = self._random.uniform(1000, 10 ** self._random.randint(4, 10))
+            return lambda locale: _compact(large, locale)
+        value = round(self._random.uniform(1, 10 ** self._random.randint(1, 9)), self._random.choice([0, 1, 2, 3]))
+        return lambda locale: numbers.format_decimal(value, locale=locale)
 
     def _amount(self) -> Writer:
         value, currency = self._value(), self._random.choice(_CURRENCIES.split())

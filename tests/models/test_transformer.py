@@ -128,6 +128,20 @@ def test_only_the_decoder_refuses_a_router_that_leaks():
 
 
 @torch.no_grad()
+def test_the_encoder_may_use_any_router():
+    model = build(partial(ExpertChoice, pool="sequence"), decoder_router=DROPLESS)
+    routers = [type(layer.router).__name__ for layer in model.moe_layers.values()]
+    assert routers == ["ExpertChoice", "Switch"]
+    source, target = pair()
+    logits, _ = model(source, target, source_valid=SOURCE_VALID, valid=VALID)
+    changed, _ = model(source, torch.where(VALID, target, 0), source_valid=SOURCE_VALID, valid=VALID)
+    assert torch.equal(logits[VALID], changed[VALID])
+    later = target.clone()
+    later[:, 4] = (later[:, 4] + 1) % V
+    assert ((model(source, later)[0] - model(source, target)[0])[:, :4].abs() < 1e-6).all()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("pieces", [[7], [1] * 7, [3, 1, 3]])
 def test_cached_decoding_equals_the_whole(pieces):
     model = build(DROPLESS)

@@ -6,6 +6,7 @@ Shapes: B batch, M source sequence, S target sequence, D model width, E experts,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,7 @@ from evomoe.models.network import (
     score_words,
     word_embedding,
 )
+from evomoe.moe.layer import RouterFactory
 from evomoe.routing import Routing
 
 Memories = list[tuple[Tensor, Tensor]]
@@ -36,7 +38,7 @@ class Transformer(Network):
     """Encoder-decoder (arXiv 1706.03762) with learned positions and one embedding for source, target and output.
 
     The encoder sees its whole sequence and may use any router; in the decoder, one that looks at later tokens is
-    refused. For the same seed, models that differ in router, experts or ``moe_every`` start from the same shared
+    refused, and may be replaced by another. For the same seed, models that differ in router, experts or ``moe_every`` start from the same shared
     weights, as GPT does.
 
     Args:
@@ -47,6 +49,7 @@ class Transformer(Network):
         num_heads: attention heads; divides D.
         norm_first: norms before the branches and one after each stack, or after the sums as first published.
         dropout: dropout of embeddings and residual branches.
+        decoder_router: factory of the decoder's routers; None for those of the encoder.
         checkpoint_activations: recompute each block in the backward pass instead of storing its activations.
         options: of the blocks, see :class:`~evomoe.models.network.BlockOptions`.
 
@@ -64,6 +67,7 @@ class Transformer(Network):
         *,
         norm_first: bool = True,
         dropout: float = 0.1,
+        decoder_router: RouterFactory | None = None,
         checkpoint_activations: bool = False,
         **options: Any,
     ) -> None:
@@ -81,7 +85,8 @@ class Transformer(Network):
         self.target_positions = nn.Embedding(context, d_model)
         self.dropout = nn.Dropout(dropout)
         self.encoder = blocks.build(num_layers, causal=False)
-        self.decoder = blocks.build(num_layers, causal=True, cross=True)
+        of_decoder = blocks if decoder_router is None else replace(blocks, router=decoder_router)
+        self.decoder = of_decoder.build(num_layers, causal=True, cross=True)
         # Blocks that normalise their sums need no norm after the last of them.
         self.encoder_norm = nn.LayerNorm(d_model, bias=blocks.bias) if norm_first else nn.Identity()
         self.decoder_norm = nn.LayerNorm(d_model, bias=blocks.bias) if norm_first else nn.Identity()

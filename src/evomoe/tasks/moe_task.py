@@ -72,17 +72,16 @@ class MoETask(L.LightningModule):
         self.optimization = optimization
         self.loss_coefficients = dict(loss_coefficients or {})
         self.balance_scope = balance_scope
-        for layer in model.moe_layers.values():
-            for name, coefficient in self.loss_coefficients.items():
-                if coefficient != 0 and name not in layer.router.loss_names:
-                    known = ", ".join(layer.router.loss_names) or "none"
-                    raise ConfigError(
-                        f"router.loss_coefficients.{name}={coefficient}: {type(layer.router).__name__} has no such "
-                        f"loss (it has: {known}); name one of them or set the coefficient to 0"
-                    )
         routers = [layer.router for layer in model.moe_layers.values()]
-        if balance_scope == "global" and not any("balance" in router.loss_names for router in routers):
-            names = ", ".join(sorted({type(router).__name__ for router in routers})) or "a dense model"
+        names = ", ".join(dict.fromkeys(type(router).__name__ for router in routers)) or "a dense model"
+        known = {name for router in routers for name in router.loss_names}
+        for name, coefficient in self.loss_coefficients.items():
+            if routers and coefficient != 0 and name not in known:
+                raise ConfigError(
+                    f"router.loss_coefficients.{name}={coefficient}: {names} has no such loss (it has: "
+                    f"{', '.join(sorted(known)) or 'none'}); name one of them or set the coefficient to 0"
+                )
+        if balance_scope == "global" and "balance" not in known:
             raise ConfigError(f"task.balance_scope=global needs a balance loss, and {names} has none: set it to local")
         self._schedules: dict[str, Schedule] = {}
         self._counts = StepCounts()

@@ -21,7 +21,7 @@ class Hypothesis:
     """One translation.
 
     Args:
-        score: log-probability of its tokens and of its end, over ``length ** length_penalty``.
+        score: log-probability of its tokens and of its end, if it has one, over ``length ** length_penalty``.
         tokens: token ids, without the beginning and the end.
     """
 
@@ -38,9 +38,8 @@ class _Open:
         self._penalty = penalty
         self.finished: list[Hypothesis] = []
 
-    def finish(self, score: float, tokens: Sequence[int]) -> None:
-        """Keep a hypothesis that has ended, if it is among the best ``beam`` of them."""
-        length = len(tokens) + 1  # with its end
+    def finish(self, score: float, tokens: Sequence[int], length: int) -> None:
+        """Keep a hypothesis of ``length`` tokens, its end included, if it is among the best ``beam`` of them."""
         self.finished.append(Hypothesis(score / length**self._penalty, tuple(tokens)))
         self.finished = sorted(self.finished, reverse=True)[: self._beam]
 
@@ -110,7 +109,7 @@ def beam_search(
             for number, rank in ends[:, :beam].nonzero().tolist():
                 if best[number, rank] > -torch.inf:
                     prefix = written[rows[number, rank], 1:].tolist()
-                    sentences[number].finish(float(best[number, rank]), prefix)
+                    sentences[number].finish(float(best[number, rank]), prefix, length)
             # The best W that go on, in order.
             kept = torch.where(ends, torch.inf, torch.arange(best.shape[1], device=device)).argsort(dim=1)[:, :beam]
             scores = best.masked_fill(ends, -torch.inf).gather(1, kept)
@@ -143,9 +142,8 @@ def _close(sentences: Sequence[_Open], scores: Tensor, written: Tensor, beam: in
     for number, sentence in enumerate(sentences):
         for rank, score in enumerate(scores[number].tolist()):
             if score > float("-inf"):
-                # No end was written: its length is that of its tokens.
                 tokens = written[number * beam + rank, 1:].tolist()
-                sentence.finish(score, tokens)
+                sentence.finish(score, tokens, len(tokens))  # no end was written
 
 
 def _check(model: Transformer, sources: Sequence[Sequence[int]], beam: int, n_best: int, limit: int) -> None:

@@ -24,7 +24,7 @@ def states(folder: Path) -> dict:
 def train_hard(train):
     """Trains with dropout and accumulation, 20 steps of two batches in phases of 4, 8 and 8; keeps all checkpoints."""
 
-    def train_hard(folder: Path, *overrides: str) -> SimpleNamespace:
+    def train_hard(folder: Path, *overrides: str, experiment: str = "gpt_dts") -> SimpleNamespace:
         plan = [
             "evolution.diversify=4",
             "evolution.harden=12",
@@ -37,7 +37,8 @@ def train_hard(train):
             "trainer.val_check_interval=6",
         ]
         keep = "+callbacks.losses._target_=helpers.programs.KeepLosses"
-        values, objects = train(folder, *PLAIN, *HARD, *plan, *saves, keep, *overrides)
+        overrides = (*PLAIN, *HARD, *plan, *saves, keep, *overrides)
+        values, objects = train(folder, *overrides, experiment=experiment)
         (losses,) = (callback.seen for callback in objects.callbacks if isinstance(callback, KeepLosses))
         return SimpleNamespace(folder=folder, values=values, losses=losses)
 
@@ -55,6 +56,16 @@ def test_a_resumed_run_ends_as_if_it_had_not_stopped(train_hard, uninterrupted, 
     assert resumed.losses == uninterrupted.losses[2 * step :]
     assert resumed.values == uninterrupted.values
     assert equal(states(tmp_path), states(uninterrupted.folder))
+
+
+@pytest.mark.parametrize("experiment", ["mlm_dts", "mt_dts"])
+def test_other_tasks_resume_as_well(train_hard, tmp_path, experiment):
+    whole = train_hard(tmp_path / "whole", experiment=experiment)
+    checkpoint = list_checkpoints(whole.folder)[9]
+    resumed = train_hard(tmp_path / "resumed", f"ckpt_path={checkpoint}", experiment=experiment)
+    assert resumed.losses == whole.losses[18:]
+    assert resumed.values == whole.values
+    assert equal(states(resumed.folder), states(whole.folder))
 
 
 def test_resume_auto_begins_where_there_is_nothing_to_resume(train_hard, uninterrupted, tmp_path):

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.programs import PATIENCE, ROOT, Program, call, equal, launch, load
+from helpers.programs import PATIENCE, ROOT, Program, call, compose, equal, launch, load, tiny_overrides
 
+from evomoe import run
 from evomoe.checkpointing import list_checkpoints
 
 
@@ -200,6 +201,33 @@ def test_a_multirun_has_a_folder_for_each_job(tiny, tmp_path):
     assert [state["evomoe"]["config"]["seed"] for state in (first, second)] == [1, 2]
     assert not equal(first["state_dict"], second["state_dict"])
     assert not list((sweep / "0").rglob("*00000010.ckpt"))
+
+
+@pytest.mark.slow
+def test_two_processes_translate_what_one_would(corpus, tmp_path):
+    """The test split, shared out by two processes that write sentences of different lengths, and evaluated by one."""
+    tiny = tiny_overrides(corpus, tmp_path / "cache", "mt_dts")
+    parallel = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "logger=none", "run_name=two"]
+    whole = ["trainer.limit_test_batches=1.0", "trainer.limit_val_batches=1.0", "data.eval_batch_tokens=256"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "experiment=mt_dts", *tiny, *parallel, *whole],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    run_dir = tmp_path / "logs" / "mt_dts" / "two"
+    values = run.evaluate(compose(f"ckpt_path={run_dir}", config="eval"))
+    shown = re.search(r"^test +(loss .*)$", done.stdout, re.MULTILINE)
+    assert shown
+    found = dict(part.split(" ") for part in shown[1].split(", "))
+    for name in ("loss", "bleu", "chrf", "exact_match"):
+        assert float(found[name]) == pytest.approx(values[f"test/{name}"], rel=1e-3, abs=1e-6), name
+    text = (run_dir / "translations.txt").read_text()
+    assert text.count("\nH ") == text.count("\nS ") > 100
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from evomoe.data.images_module import (
     IdxImages,
     ImageDataModule,
 )
+from evomoe.data.labelled_module import DocstringPackages, GlueFiles, HubGlue, LabelledDataModule
 from evomoe.data.pairs import EmbeddedPairs, HubTranslation, PairDataModule, PairFiles
 from evomoe.data.tokenizer import Tokenizer
 
@@ -17,14 +18,18 @@ __all__ = [
     "Augmentation",
     "CifarImages",
     "DigitImages",
+    "DocstringPackages",
     "EmbeddedPairs",
     "EmbeddedText",
     "FolderImages",
+    "GlueFiles",
+    "HubGlue",
     "HubImageData",
     "HubText",
     "HubTranslation",
     "IdxImages",
     "ImageDataModule",
+    "LabelledDataModule",
     "PairDataModule",
     "PairFiles",
     "TextDataModule",

@@ -60,7 +60,7 @@ _SHORTEST_PARAGRAPH = 40  # shorter ones (headings such as "Parameters ---------
 
 
 @dataclass
-class _Source:
+class Source:
     """One file, or one help topic: `path` starts with the package's name and uses forward slashes everywhere."""
 
     path: str
@@ -68,6 +68,7 @@ class _Source:
 
     @property
     def split(self) -> str:
+        """Where the hash of the path sends it."""
         position = unit_hash(self.path)
         return "val" if position < _HELD_OUT else "test" if position < 2 * _HELD_OUT else "train"
 
@@ -129,13 +130,28 @@ class EmbeddedCorpus(Corpus):
     def pieces(self, split: str, progress: Progress) -> Iterator[Piece]:
         """Yield the documents of a split; the first call reads every file."""
         if self._documents is None:
-            with _no_garbage_collection():
-                self._documents = self._read(progress)
+            self._documents = _split(self.sources(progress))
         return (Piece(document, ends_document=True) for document in self._documents[split])
 
     def notes(self) -> dict[str, int]:
         """Count the files that could not be read or parsed, and the texts that stood twice."""
         return {"unreadable_files": self._unreadable, "duplicate_texts": self._duplicates}
+
+    def sources(self, progress: Progress) -> list[Source]:
+        """Read every file, and return what each has to say that is neither trivial nor said before, sorted by path.
+
+        Args:
+            progress: Where the reading is shown.
+        """
+        with _no_garbage_collection():
+            files = self._files()
+            if self.max_bytes is not None:
+                # In an order that favours no package, until there is enough: a small corpus is read quickly.
+                files.sort(key=lambda file: unit_hash(file[0], "cap"))
+            sources = self._fresh(track(progress, files, len(files), f"reading {self.kind}"))
+            if self.max_bytes is not None:
+                sources = _cap(sources, self.max_bytes)
+            return sorted(sources, key=lambda source: source.path)
 
     def _files(self) -> list[tuple[str, Path]]:
         """Return all source files, sorted by their path relative to the package, which is the same on every machine."""
@@ -147,17 +163,7 @@ class EmbeddedCorpus(Corpus):
                     files.append((f"{package}/{relative.as_posix()}", file))
         return sorted(files)
 
-    def _read(self, progress: Progress) -> dict[str, list[str]]:
-        files = self._files()
-        if self.max_bytes is not None:
-            # In an order that favours no package, until there is enough: a small corpus is read quickly.
-            files.sort(key=lambda file: unit_hash(file[0], "cap"))
-        sources = self._sources(track(progress, files, len(files), f"reading {self.kind}"))
-        if self.max_bytes is not None:
-            sources = _cap(sources, self.max_bytes)
-        return _split(sorted(sources, key=lambda source: source.path))
-
-    def _sources(self, files: Iterable[tuple[str, Path]]) -> Iterator[_Source]:
+    def _fresh(self, files: Iterable[tuple[str, Path]]) -> Iterator[Source]:
         """Yield what a file has to say that is neither trivial nor said before."""
         seen: set[bytes] = set()
         for path, file in files:
@@ -172,22 +178,22 @@ class EmbeddedCorpus(Corpus):
                     seen.add(key)
                     fresh.append(text)
                 if fresh:
-                    yield _Source(source.path, fresh)
+                    yield Source(source.path, fresh)
 
-    def _extract(self, path: str, file: Path) -> list[_Source]:
+    def _extract(self, path: str, file: Path) -> list[Source]:
         """Return the texts of a file; none, and one more in the count of unreadable files, if it cannot be parsed."""
         try:
             source = file.read_bytes()
             if self.kind == "code":
-                return [_Source(path, [source.decode("utf-8")])]
+                return [Source(path, [source.decode("utf-8")])]
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # invalid escape sequences in other people's strings
                 module = ast.parse(source)
             if path == _TOPICS:
-                return [_Source(f"{path}/{name}", [text]) for name, text in _topics(module)]
+                return [Source(f"{path}/{name}", [text]) for name, text in _topics(module)]
             texts = list(_docstrings(module))
             "".join(texts).encode("utf-8")  # a literal may spell a lone surrogate, which has no encoding
-            return [_Source(path, texts)]
+            return [Source(path, texts)]
         except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
             self._unreadable += 1
             return []
@@ -233,7 +239,7 @@ def _topics(module: ast.Module) -> Iterator[tuple[str, str]]:
                 yield name, inspect.cleandoc(text)
 
 
-def _cap(sources: Iterable[_Source], max_bytes: int) -> Iterator[_Source]:
+def _cap(sources: Iterable[Source], max_bytes: int) -> Iterator[Source]:
     for source in sources:
         max_bytes -= sum(len(text.encode()) for text in source.texts)
         if max_bytes < 0:
@@ -241,7 +247,7 @@ def _cap(sources: Iterable[_Source], max_bytes: int) -> Iterator[_Source]:
         yield source
 
 
-def _split(sources: list[_Source]) -> dict[str, list[str]]:
+def _split(sources: list[Source]) -> dict[str, list[str]]:
     documents: dict[str, list[str]] = {split: [] for split in SPLITS}
     trained: set[bytes] = set()
     for source in sources:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -146,20 +146,26 @@ class ResumableDataLoader(DataLoader[Batch]):
 
 
 def training_loader(
-    items: Dataset[Any], sampler: TrainingSampler, batch_size: int | None, num_workers: int
+    items: Dataset[Any],
+    sampler: TrainingSampler,
+    batch_size: int | None,
+    num_workers: int,
+    collate: Callable[[list[Any]], Batch] | None = None,
 ) -> ResumableDataLoader:
     """Return the resumable loader of a data set.
 
     Args:
         items: The data set.
         sampler: The order of its items.
-        batch_size: Items that are stacked to a batch; None if each item is a batch.
+        batch_size: Items that make a batch; None if each item is a batch.
         num_workers: Processes that read ahead.
+        collate: Makes a batch of a list of items; None stacks them.
     """
     return ResumableDataLoader(
         items,
         batch_size=batch_size,
         sampler=sampler,
+        collate_fn=collate,
         drop_last=batch_size is not None,
         num_workers=num_workers,
         generator=_own_generator(sampler.seed),
@@ -168,21 +174,28 @@ def training_loader(
 
 
 def evaluation_loader(
-    items: Dataset[Any], batch_size: int | None, num_workers: int, rank: int, world_size: int
+    items: Dataset[Any],
+    batch_size: int | None,
+    num_workers: int,
+    rank: int,
+    world_size: int,
+    collate: Callable[[list[Any]], Batch] | None = None,
 ) -> DataLoader[Batch]:
     """Return the loader of a data set in order, which must have items of padding beyond its end.
 
     Args:
         items: The data set.
-        batch_size: Items that are stacked to a batch; None if each item is a batch.
+        batch_size: Items that make a batch; None if each item is a batch.
         num_workers: Processes that read ahead.
         rank: This process.
         world_size: Number of processes.
+        collate: Makes a batch of a list of items; None stacks them.
     """
     return DataLoader(
         items,
         batch_size=batch_size,
         sampler=EvaluationSampler(items, rank, world_size),  # type: ignore[arg-type]
+        collate_fn=collate,
         num_workers=num_workers,
         generator=_own_generator(0),
         worker_init_fn=leave_signals_to_trainer,

@@ -9,12 +9,13 @@ from typing import Any, ClassVar, Generic, TypeVar
 from lightning.pytorch import LightningDataModule
 
 from evomoe.data.corpus import fingerprint
+from evomoe.data.labelled_store import LabelledStore
 from evomoe.data.pair_store import PairStore
 from evomoe.data.token_store import TokenStore
 from evomoe.data.tokenizer import Tokenizer
 from evomoe.errors import ConfigError
 
-Store = TypeVar("Store", TokenStore, PairStore)
+Store = TypeVar("Store", TokenStore, PairStore, LabelledStore)
 
 
 class StoredDataModule(LightningDataModule, Generic[Store]):

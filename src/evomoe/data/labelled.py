@@ -1,0 +1,140 @@
+"""Labelled sentences, one or two to a row, as the tasks of GLUE (arXiv 1804.07461) have them: what a corpus is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+from rich.progress import Progress
+
+from evomoe.data.corpus import SPLITS, HoldOut
+from evomoe.errors import ConfigError
+
+
+class Row(NamedTuple):
+    """What a row of a corpus holds, and where it stands.
+
+    Args:
+        first: The sentence, or the first of two.
+        second: The second; None in a corpus of single sentences.
+        label: Name of its class, or a number, as it was written.
+        place: File and line, for messages.
+    """
+
+    first: str
+    second: str | None
+    label: str
+    place: str
+
+
+class Columns(NamedTuple):
+    """Names of the columns of the sentences and of the label."""
+
+    first: str
+    second: str | None
+    label: str
+
+
+GLUE_COLUMNS = (
+    Columns("sentence1", "sentence2", "gold_label"),  # MNLI
+    Columns("sentence1", "sentence2", "score"),  # STS-B
+    Columns("sentence1", "sentence2", "label"),  # RTE, WNLI
+    Columns("question1", "question2", "is_duplicate"),  # QQP
+    Columns("#1 String", "#2 String", "Quality"),  # MRPC
+    Columns("question", "sentence", "label"),  # QNLI
+    Columns("question1", "question2", "label"),  # QQP, and below MNLI, of the Hub
+    Columns("premise", "hypothesis", "label"),
+    Columns("sentence", None, "label"),  # SST-2, CoLA
+    Columns("text", None, "label"),
+)
+"""How GLUE's tasks call their columns, in the order in which they are looked for."""
+
+
+class ColumnChoice:
+    """The columns to read: those a user names, or else the first of `GLUE_COLUMNS` that are there.
+
+    Args:
+        sentence1: Column of the sentence, or of the first of two; None looks for those of GLUE.
+        sentence2: Column of the second; None for single sentences.
+        label: Column of the label; None for `label`, or that of GLUE.
+    """
+
+    def __init__(self, sentence1: str | None, sentence2: str | None, label: str | None) -> None:
+        if sentence1 is None and sentence2 is not None:
+            raise ConfigError(f"data.sentence2={sentence2} without data.sentence1: name both columns, or neither")
+        self._sentences = None if sentence1 is None else (sentence1, sentence2)
+        self._label = label
+
+    def identity(self) -> dict[str, Any]:
+        """Return plain values that determine the choice."""
+        return {"sentences": self._sentences and list(self._sentences), "label": self._label}
+
+    def resolve(self, found: Collection[str], place: str) -> Columns:
+        """Return the columns of a table.
+
+        Args:
+            found: Names of its columns.
+            place: What it is, for the message.
+
+        Raises:
+            ConfigError: One is missing.
+        """
+        if self._sentences is None:
+            known = [names if self._label is None else names._replace(label=self._label) for names in GLUE_COLUMNS]
+            for names in known:
+                if {name for name in names if name is not None} <= set(found):
+                    return names
+            raise ConfigError(
+                f"{place} has the columns {', '.join(found)}: no sentence with a label as GLUE calls them; name yours "
+                "with data.sentence1=... data.label=... (GLUE's own test files have no labels and cannot be used)"
+            )
+        names = Columns(*self._sentences, self._label or "label")
+        for key, name in zip(("sentence1", "sentence2", "label"), names, strict=True):
+            if name is not None and name not in found:
+                raise ConfigError(f"data.{key}={name} is no column of {place}; choose among {', '.join(found)}")
+        return names
+
+
+class LabelledCorpus(ABC):
+    """Labelled sentences in three splits, `train`, `val` and `test`."""
+
+    def __init__(self) -> None:
+        self._blank = dict.fromkeys(SPLITS, 0)
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Return plain values that determine the rows: two corpora of equal identity hold the same splits."""
+
+    @abstractmethod
+    def _read(self, split: str, progress: Progress) -> Iterator[Row]:
+        """Read a split from its start, blank sentences included."""
+
+    def rows(self, split: str, progress: Progress) -> Iterator[Row]:
+        """Read a split from its start, without the rows of which a sentence is blank.
+
+        Args:
+            split: One of `SPLITS`.
+            progress: Where the reading is shown.
+        """
+        self._blank[split] = 0
+        for row in self._read(split, progress):
+            if row.first.strip() and (row.second is None or row.second.strip()):
+                yield row
+            else:
+                self._blank[split] += 1
+
+    def explain_empty(self, split: str) -> str:
+        """Say why a split holds no row, and what to do about it."""
+        return f"data.{split} holds no labelled sentence; give data with some"
+
+    def notes(self) -> dict[str, int]:
+        """Return how many rows were left out because a sentence is blank, by split; complete once all are read."""
+        return {f"blank rows left out of {split}": count for split, count in self._blank.items() if count}
+
+
+def select(holdout: HoldOut, split: str, rows: Iterator[Row]) -> Iterator[Row]:
+    """Keep the rows of one split; those of equal sentences share a split."""
+    if not holdout.missing:
+        return rows
+    return (row for row in rows if holdout.split_of(f"{row.first}\n{row.second or ''}") == split)

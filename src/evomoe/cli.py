@@ -26,14 +26,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from evomoe.errors import ConfigError, NonFiniteError
 
 MULTIRUN = {"-m", "--multirun"}
 TEXT_KEYS = ("prompt", "overrides")
 """Overrides whose value is prose: taken as typed, even where Hydra's grammar makes a list or a number of it."""
-FILLED_BY_RUN = {"model.vocab_size"}
+FILLED_BY_RUN = {"model.vocab_size", "model.num_classes", "model.channels", "model.image_size"}
 """Mandatory keys that a user does not give."""
 
 
@@ -296,7 +296,14 @@ def check_types(node: Any) -> None:
     for name in node:
         if OmegaConf.is_missing(node, name):
             continue
-        value = node[name]
+        try:
+            value = node[name]
+        except InterpolationKeyError:
+            source = OmegaConf.to_container(node)[name].strip("${}")  # type: ignore[index]
+            raise ConfigError(
+                f"{node._get_full_key(name)} is taken from {source}, which this run does not have: choose a router, a "
+                "model and data that go together"
+            ) from None
         if isinstance(value, DictConfig):
             check_types(value)
         elif name in expected and not _fits(value, expected[name]):

@@ -23,7 +23,10 @@ CHOICES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONFIG
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 ROUTERS = sorted(path.stem for path in (CONFIGS / "router").glob("*.yaml"))
 EVOLUTIONS = sorted(path.stem for path in (CONFIGS / "evolution").glob("*.yaml"))
-ASKED_OF_THE_USER = {"data.train", "data.name", "prompt"}
+ASKED_OF_THE_USER = {"data.train", "data.name", "data.path", "prompt"}
+PAPER_SCALE = ("gpt_dts_paper", "mt_dts_paper", "vit_soft_s16")
+IMAGES = {"cifar", "digits", "hub_images", "idx_images", "image_folder"}
+FILLED_BY_RUN = {"vocab_size": 300, "num_classes": 10, "channels": 1, "image_size": 8}
 
 WORD = re.compile(r"""(?<!\S)'?[~+]{0,2}[a-z_][\w.]*=(?:'[^']*'|"[^"]*"|\S)+""")
 
@@ -37,8 +40,14 @@ def nodes(config: DictConfig, prefix: str = "") -> list[tuple[str, DictConfig]]:
     return found
 
 
+def fill(config: DictConfig) -> None:
+    """Give the model the sizes that a run takes from the data."""
+    keys = set(config.model)  # with those that are missing
+    config.model.update({name: size for name, size in FILLED_BY_RUN.items() if name in keys})
+
+
 def build(config: DictConfig) -> tuple[GPT, Evolution | None]:
-    config.model.vocab_size = 300
+    fill(config)
     model = instantiate(config.model)
     instantiate(config.task, model=model)
     return model, instantiate(config.evolution) if config.evolution else None
@@ -46,8 +55,9 @@ def build(config: DictConfig) -> tuple[GPT, Evolution | None]:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_composes_and_names_classes_that_exist(choice):
-    config = compose(choice, run_dir=Path("run"))
-    config.model.vocab_size = 300  # as a run fills it, for routers by word too
+    fitting = ["model=vit_tiny"] if choice.removeprefix("data=") in IMAGES else []
+    config = compose(choice, *fitting, run_dir=Path("run"))
+    fill(config)
     missing = OmegaConf.missing_keys(config)
     assert missing <= ASKED_OF_THE_USER
     for name in missing:
@@ -102,10 +112,10 @@ def test_every_evolution_fits_into_a_default_run_and_a_short_one(evolution):
         assert (plan.spawn_at == 0) == (evolution in ("dts_only", "stable"))
 
 
-@pytest.mark.parametrize("task", ["gpt", "mlm"])
+@pytest.mark.parametrize("task", ["gpt", "mlm", "vit"])
 def test_experiments_of_a_task_differ_from_each_other_in_the_method_alone(task):
     """Data, size and optimizer are the same, so that a comparison of two experiments is one of their methods."""
-    names = [name for name in EXPERIMENTS if name.startswith(task) and name != "gpt_dts_paper"]
+    names = [name for name in EXPERIMENTS if name.startswith(task) and name not in PAPER_SCALE]
     configs = [compose(f"experiment={name}", run_dir=Path("run")) for name in names]
     of_the_method = ("router", "moe_every", "allow_future_leak", "num_experts", "d_expert", "shared_experts")
     for config in configs:

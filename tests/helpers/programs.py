@@ -55,7 +55,7 @@ def write_corpus(path: Path) -> Path:
     return path
 
 
-TINY_MODELS = {"gpt": "gpt_tiny", "mlm": "roberta_tiny", "mt": "transformer_tiny"}
+TINY_MODELS = {"gpt": "gpt_tiny", "mlm": "roberta_tiny", "mt": "transformer_tiny", "vit": "vit_tiny"}
 """The smallest model of each kind of experiment, by the beginning of its name."""
 
 
@@ -66,10 +66,13 @@ def tiny_model(experiment: str) -> str:
 
 def tiny_data(corpus: Path, experiment: str) -> list[str]:
     """Overrides for small data of the kind that an experiment wants."""
+    if experiment.startswith("vit"):
+        return ["data=digits", "data.batch_size=16"]
+    text = ["data.context=32", "data.vocab_size=300"]
     if experiment.startswith("mt"):
         pairs = ["data=pair_files", "data.source=en", "data.target=up", f"data.train={corpus.with_name('pairs')}"]
-        return [*pairs, "data.batch_tokens=128", "data.eval_batch_tokens=1024", "task.val_sentences=4"]
-    return ["data=text_files", f"data.train={corpus}", "data.batch_size=4"]
+        return [*text, *pairs, "data.batch_tokens=128", "data.eval_batch_tokens=1024", "task.val_sentences=4"]
+    return [*text, "data=text_files", f"data.train={corpus}", "data.batch_size=4"]
 
 
 def tiny_overrides(corpus: Path, cache_dir: Path, experiment: str = "gpt_dts") -> list[str]:
@@ -77,8 +80,6 @@ def tiny_overrides(corpus: Path, cache_dir: Path, experiment: str = "gpt_dts") -
     return [
         *tiny_data(corpus, experiment),
         "data.holdout=0.2",
-        "data.context=32",
-        "data.vocab_size=300",
         tiny_model(experiment),
         f"paths.cache_dir={cache_dir}",
         "trainer.accelerator=cpu",

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from evomoe.models.gpt import GPT
 from evomoe.models.network import BlockOptions
 from evomoe.models.roberta import RoBERTa
+from evomoe.models.vit import ViT
 from evomoe.routing.switch import Switch
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
@@ -31,10 +32,10 @@ def build_on_meta(name: str, vocab_size: int, context: int) -> GPT:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_key_is_an_argument_with_a_comment(path: Path) -> None:
     config = OmegaConf.load(path)
-    # The order of norms is GPT's own, and nothing is the future for an encoder.
-    fixed = {GPT: "norm_first", RoBERTa: "allow_future_leak"}
+    # The order of norms is that of GPT and ViT themselves, and nothing is the future for an encoder.
+    fixed = {GPT: {"norm_first"}, RoBERTa: {"allow_future_leak"}, ViT: {"norm_first", "allow_future_leak"}}
     network = get_class(config._target_)
-    blocks = {field.name for field in dataclasses.fields(BlockOptions)} - {fixed[network]}
+    blocks = {field.name for field in dataclasses.fields(BlockOptions)} - fixed.get(network, set())
     arguments = (network.__init__.__annotations__.keys() | blocks) - {"return", "options"}
     assert set(config) == arguments | {"_target_"}
     lines = path.read_text().splitlines()
@@ -47,6 +48,29 @@ def test_roberta_base_has_the_size_of_the_paper() -> None:
     """125M parameters with the paper's vocabulary, and its two position rows for padding."""
     model = build_on_meta("roberta_base", vocab_size=50265, context=514)
     assert model.num_active_parameters() == pytest.approx(125e6, rel=0.01)
+
+
+def build_vit_on_meta(name: str, **changes: object) -> ViT:
+    """Build a ViT for ImageNet of 224 pixels without allocating its weights."""
+    config = OmegaConf.create({"router": {"gate": None}})
+    config.model = OmegaConf.load(CONFIGS / f"{name}.yaml")
+    config.model.update({"num_classes": 1000, "channels": 3, "image_size": 224, **changes})
+    with torch.device("meta"):
+        return instantiate(config.model, router=functools.partial(Switch))
+
+
+@pytest.mark.parametrize(("name", "millions"), [("vit_s16", 22.05), ("vit_b16", 86.57), ("vit_l16", 304.33)])
+def test_a_dense_vit_has_the_size_of_its_paper(name: str, millions: float) -> None:
+    """With a class token, as arXiv 2010.11929 and DeiT count."""
+    model = build_vit_on_meta(name, moe_every=0, pool="cls")
+    assert model.num_parameters() == pytest.approx(millions * 1e6, rel=0.001)
+
+
+@pytest.mark.parametrize(("name", "experts"), [("vit_s16", 6), ("vit_b16", 6), ("vit_l16", 12)])
+def test_the_experts_of_a_vit_are_in_the_last_half(name: str, experts: int) -> None:
+    model = build_vit_on_meta(name)
+    assert list(model.moe_layers) == [f"block_{index}" for index in range(experts, 2 * experts)]
+    assert {layer.num_experts for layer in model.moe_layers.values()} == {32}
 
 
 @pytest.mark.parametrize("name", ["gpt_tiny", "gpt_mini", "gpt_small", "gpt_medium"])

@@ -1,9 +1,18 @@
 """One LightningModule per task."""
 
+from evomoe.tasks.image_classification import ImageClassification
 from evomoe.tasks.language_modeling import LanguageModeling
 from evomoe.tasks.masked_lm import MaskedLanguageModeling
 from evomoe.tasks.moe_task import Coefficient, MoETask
 from evomoe.tasks.optimization import Optimization
 from evomoe.tasks.translation import Translation
 
-__all__ = ["Coefficient", "LanguageModeling", "MaskedLanguageModeling", "MoETask", "Optimization", "Translation"]
+__all__ = [
+    "Coefficient",
+    "ImageClassification",
+    "LanguageModeling",
+    "MaskedLanguageModeling",
+    "MoETask",
+    "Optimization",
+    "Translation",
+]

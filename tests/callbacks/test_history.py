@@ -65,8 +65,15 @@ def test_metrics_of_the_routers_are_means_over_layers_and_batches():
 def test_slots_of_a_soft_routing_count_as_rows_and_have_no_load():
     tensor = torch.zeros(2, 5, 4, 3)  # 2 sequences of 5 tokens; 4 experts with 3 slots for each
     routed = Routed()
-    routed.add(["block_1"], [SoftRouting(dispatch=tensor, combine=tensor, num_tokens=torch.tensor(10))])
-    assert routed.describe() == {"active_experts": 24 / 10, "load": {}, "load_max_violation": {}, "router_metrics": {}}
+    metrics = {"slots_per_token": torch.tensor(2.0)}
+    soft = SoftRouting(dispatch=tensor, combine=tensor, num_tokens=torch.tensor(10), metrics=metrics)
+    routed.add(["block_1"], [soft])
+    assert routed.describe() == {
+        "active_experts": 24 / 10,
+        "load": {},
+        "load_max_violation": {},
+        "router_metrics": {"slots_per_token": 2.0},
+    }
 
 
 def test_a_dense_model_has_no_experts():

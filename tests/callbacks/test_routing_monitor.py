@@ -23,8 +23,12 @@ def sparse() -> SparseRouting:
 
 
 def soft() -> SoftRouting:
-    empty = torch.zeros(1, 5, 3, 2)
-    return SoftRouting(dispatch=empty, combine=empty, num_tokens=torch.tensor(5))
+    """One sequence of four tokens and one of padding, two experts with three slots; expert 0 gets three quarters."""
+    combine = torch.tensor([[0.5, 0.25, 0.0], [0.0, 0.0, 0.25]]).expand(1, 5, 2, 3).clone()
+    combine[0, 4] = 0
+    return SoftRouting(
+        dispatch=combine, combine=combine, num_tokens=torch.tensor(4), metrics={"slots_per_token": torch.tensor(2.8)}
+    )
 
 
 class Module:
@@ -69,11 +73,20 @@ def test_what_a_router_says_about_itself_is_logged_beside_it():
     assert own == pytest.approx({"moe/block_1/lambda": 1e-8, "moe/block_1/capacity": 7.0})
 
 
-def test_soft_routings_have_no_load_and_the_mean_is_over_the_others():
+def test_the_load_of_a_soft_routing_is_what_the_tokens_receive():
     (logged,) = steps(RoutingMonitor(), [soft(), sparse()], [1])
-    assert {name.split("/")[1] for name in logged} == {"active_experts", "block_1"}
+    of_soft = {name.removeprefix("moe/block_0/"): value for name, value in logged.items() if "block_0" in name}
+    assert of_soft == pytest.approx(
+        {
+            "active_experts": 1.5,  # 2 * 3 slots for 4 tokens
+            "rows": 1.5,
+            "load_max_violation": 0.5,  # three quarters instead of a half
+            "router_entropy": 0.562335,
+            "slots_per_token": 2.8,
+        },
+        abs=1e-5,
+    )
     assert logged["moe/active_experts"] == 1.5
-    assert steps(RoutingMonitor(), [soft()], [1]) == [{}]
 
 
 def test_a_dense_model_logs_nothing():

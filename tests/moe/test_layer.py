@@ -13,12 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.flops import flop_counter
-from routing.registry import ROWS, VOCABULARY
+from routing.registry import ROWS
+from routing.rows import VOCABULARY
 from torch import Tensor, nn
 
 from evomoe.errors import ConfigError
+from evomoe.models.flops import layer_flops
 from evomoe.moe import MoELayer
-from evomoe.routing import Router, RoutingInput, SoftRouting, SparseRouting, TopK
+from evomoe.routing import RoutingInput, SoftMoE, SoftRouting, SparseRouting, TopK
 
 B, S, D, H, E = 3, 5, 16, 24, 4
 T = B * S
@@ -71,6 +73,8 @@ def oracle(layer: MoELayer, hidden: Tensor, valid: Tensor | None, seed: int) -> 
     )
     routing = layer.router(inputs)
     dense = routing.to_dense()
+    if isinstance(routing, SoftRouting):
+        return mix_slots(layer, flat, routing).view_as(hidden), dense
     outputs = torch.stack([feed_forward(layer, expert, flat) for expert in range(E)])  # (E, T, D)
     mixed = torch.einsum("te,etd->td", dense, outputs)
     if routing.bypass is not None:
@@ -78,9 +82,19 @@ def oracle(layer: MoELayer, hidden: Tensor, valid: Tensor | None, seed: int) -> 
     return mixed.view_as(hidden), dense
 
 
+def mix_slots(layer: MoELayer, flat: Tensor, routing: SoftRouting) -> Tensor:
+    """The unified formulation (arXiv 2401.15969), ``(T, D)`` to ``(T, D)``: dispatch, experts, combine."""
+    grouped = flat.view(*routing.dispatch.shape[:2], -1)  # (G, S, D)
+    slots = torch.einsum("gsec,gsd->gecd", routing.dispatch, grouped)
+    outputs = torch.stack([feed_forward(layer, expert, slots[:, expert]) for expert in range(E)], dim=1)
+    return torch.einsum("gsec,gecd->gsd", routing.combine, outputs).reshape(flat.shape)
+
+
 def gradients(layer: MoELayer, hidden: Tensor, output: Tensor) -> list[Tensor]:
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
-    found = torch.autograd.grad((output * direction).sum(), [hidden, *layer.parameters()], materialize_grads=True)
+    found = torch.autograd.grad(
+        (output * direction).sum(), [hidden, *layer.parameters()], retain_graph=True, materialize_grads=True
+    )
     return list(found)
 
 
@@ -102,6 +116,32 @@ def test_output_and_gradients_equal_the_dense_oracle(row, train, backend, valid)
         assert torch.equal(output[~valid], torch.zeros_like(output[~valid]))
 
 
+@every_row
+@every_mode
+@pytest.mark.parametrize("valid", [None, VALID], ids=["", "padding"])
+def test_every_router_is_a_pair_of_dispatch_and_combine_tensors(row, train, valid):
+    layer = make_row(row).train(train)
+    hidden = states().requires_grad_()
+    torch.manual_seed(5)
+    output, routing = layer(hidden, token_ids=TOKEN_IDS, previous_ids=PREVIOUS_IDS, valid=valid)
+    mixed = output
+    slots = routing
+    if isinstance(routing, SparseRouting):
+        slots = routing.to_slots()
+        assert not slots.dispatch.requires_grad
+        assert set(slots.dispatch.unique().tolist()) <= {0.0, 1.0}
+        assert torch.equal(slots.dispatch.sum(dim=(0, 1, 3)).long(), routing.tokens_per_expert)
+        assert slots.dispatch.sum(dim=1).max() == 1, "one token a slot"
+        torch.testing.assert_close(slots.combine, slots.dispatch * routing.to_dense()[None, :, :, None])
+        torch.testing.assert_close(slots.load, routing.to_dense().sum(dim=0))
+        if routing.bypass is not None:
+            mixed = output - routing.bypass.view_as(output)
+    expected = mix_slots(layer, hidden.flatten(0, 1), slots).view_as(hidden)
+    torch.testing.assert_close(mixed, expected, atol=1e-4, rtol=1e-4)
+    for found, wanted in zip(gradients(layer, hidden, mixed), gradients(layer, hidden, expected), strict=True):
+        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
+
+
 def matrix_flops(call) -> int:
     """Floating-point operations of the matrix products that really run."""
     with flop_counter() as counter:
@@ -109,7 +149,7 @@ def matrix_flops(call) -> int:
     return counter.get_total_flops()
 
 
-@every_row
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in ROWS if not row.soft])
 @every_backend
 @pytest.mark.parametrize("valid", [None, VALID], ids=["", "padding"])
 def test_experts_process_one_row_per_assignment(row, backend, valid):
@@ -277,57 +317,26 @@ def test_states_need_not_be_contiguous():
 # Soft routing
 
 
-class SoftSlots(Router):
-    """Soft MoE in a few lines: every slot reads all tokens of a sequence, every token all slots."""
+@pytest.mark.parametrize(("backend", "backward"), [("loop", False), ("loop", True), ("grouped_mm", False)])
+@pytest.mark.parametrize("slots", [1, 2])
+def test_soft_routing_costs_what_is_counted(backend, slots, backward):
+    layer, hidden = make(functools.partial(SoftMoE, slots=slots), backend), states().requires_grad_()
 
-    causal_in_train = causal_in_eval = False
-    capacity = 2
+    def run() -> Tensor:
+        output, routing = layer(hidden)
+        assert routing.rows == B * E * slots
+        return output
 
-    def __init__(self, d_model: int, num_experts: int) -> None:
-        super().__init__(d_model, num_experts)
-        self.slots = nn.Parameter(torch.randn(d_model, num_experts * self.capacity))
-
-    def forward(self, inputs: RoutingInput) -> SoftRouting:
-        grouped = inputs.hidden.float().view(inputs.batch, inputs.sequence, -1)
-        logits = (grouped @ self.slots).float()  # (G, S, E * C)
-        shape = (inputs.batch, inputs.sequence, self.num_experts, self.capacity)
-        return SoftRouting(
-            dispatch=logits.softmax(dim=1).view(shape),
-            combine=logits.softmax(dim=2).view(shape),
-            num_tokens=torch.tensor(inputs.hidden.shape[0]),
-        )
-
-
-@every_backend
-def test_soft_routing_equals_its_definition(backend):
-    layer = make(SoftSlots, backend)
-    hidden = states().requires_grad_()
-    output, _ = layer(hidden)
-    routing = layer.router(RoutingInput(hidden=hidden.flatten(0, 1), batch=B, sequence=S))
-    expected = torch.zeros(B, S, D)
-    for e in range(E):
-        for c in range(SoftSlots.capacity):
-            slot = torch.einsum("gs,gsd->gd", routing.dispatch[:, :, e, c], hidden)
-            expected = expected + torch.einsum("gs,gd->gsd", routing.combine[:, :, e, c], feed_forward(layer, e, slot))
-    torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
-    for found, wanted in zip(gradients(layer, hidden, output), gradients(layer, hidden, expected), strict=True):
-        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
-
-
-@every_backend
-def test_soft_routing_processes_its_slots(backend):
-    layer = make(SoftSlots, backend)
-    whole = matrix_flops(lambda: layer(states()))
-    slots = B * E * SoftSlots.capacity
-    einsums = 2 * (2 * B * S * (E * SoftSlots.capacity) * D)
-    gate = 2 * T * D * (E * SoftSlots.capacity)
-    assert whole - einsums - gate == slots * 2 * (D * H + H * D)
+    flops = matrix_flops(lambda: run().sum().backward() if backward else run())
+    of_slots = B * E * slots * 2 * (D * H + H * D)
+    assert flops == (3 if backward else 1) * (of_slots + T * layer.router.flops_per_token())
+    assert flops == pytest.approx((3 if backward else 1) * T * layer_flops(layer, B * E * slots / T))
 
 
 # Types
 
 
-@pytest.mark.parametrize("router", [TopK, SoftSlots])
+@pytest.mark.parametrize("router", [TopK, SoftMoE])
 @pytest.mark.parametrize("live", [1, E])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_backend

@@ -15,11 +15,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from routing.registry import ROWS, VOCABULARY, Row, nothing
+from routing.registry import ROWS
+from routing.rows import VOCABULARY, Row, nothing
 from torch import Tensor
 
 import evomoe.routing
-from evomoe.routing import Router, RoutingInput, SparseRouting
+from evomoe.routing import Router, Routing, RoutingInput, SoftRouting, SparseRouting
 
 # D is a multiple of every number of experts below, and T of E, for gates that share out the features among the experts.
 D, E = 120, 4
@@ -54,7 +55,7 @@ def route(
     valid: Tensor | None = None,
     final_rule: bool = False,
     seed: int = 0,
-) -> SparseRouting:
+) -> Routing:
     """Route ``hidden (T, D)``; the token ids are a function of the states, so that they change together.
 
     A token after padding has no previous id, as if it began its sequence.
@@ -76,33 +77,97 @@ def route(
     )
 
 
-def chosen(routing: SparseRouting) -> Tensor:
-    """The assignments as a bool matrix, ``(T, E)``."""
+def chosen(routing: Routing) -> Tensor:
+    """Which experts work for which token, ``(T, E)`` bool."""
     mask = torch.zeros(routing.to_dense().shape, dtype=torch.bool)
+    if isinstance(routing, SoftRouting):
+        return (routing.dispatch.sum(dim=3).flatten(0, 1) > 0) & (routing.to_dense() > 0)
     mask[routing.token, routing.expert] = True
     return mask
 
 
-def assert_same(first: SparseRouting, second: SparseRouting) -> None:
+def by_token(routing: Routing) -> Tensor:
+    """What the routing says of each token, ``(T, ...)``."""
+    if isinstance(routing, SoftRouting):
+        return torch.cat([routing.dispatch, routing.combine], dim=3).flatten(0, 1)
+    return routing.to_dense()
+
+
+def weights_of(routing: Routing) -> Tensor:
+    """All that mixes tokens and the experts' outputs, flattened."""
+    if isinstance(routing, SoftRouting):
+        return torch.cat([routing.dispatch.flatten(), routing.combine.flatten()])
+    return routing.weight
+
+
+def directed(routing: Routing) -> Tensor:
+    """The weights, and what experts without computation add, in a random direction; 0-dim."""
+    weights = weights_of(routing)
+    total = (weights * draw(weights.numel(), seed=1)).sum()
+    if isinstance(routing, SparseRouting) and routing.bypass is not None:
+        total = total + (routing.bypass * draw(*routing.bypass.shape, seed=2)).sum()
+    return total
+
+
+def assert_same(first: Routing, second: Routing) -> None:
     assert torch.equal(chosen(first), chosen(second))
     torch.testing.assert_close(first.to_dense(), second.to_dense())
     torch.testing.assert_close(first.scores, second.scores)
+    torch.testing.assert_close(weights_of(first), weights_of(second))
     assert torch.equal(first.num_tokens, second.num_tokens)
+    assert_same_losses(first, second)
+    if isinstance(first, SoftRouting):
+        return
     assert torch.equal(first.dropped, second.dropped)
     assert (first.bypass is None) == (second.bypass is None)
     if first.bypass is not None:
         torch.testing.assert_close(first.bypass.float(), second.bypass.float(), atol=0.02, rtol=0.02)  # perhaps bf16
-    assert_same_losses(first, second)
 
 
-def assert_same_losses(first: SparseRouting, second: SparseRouting) -> None:
+def assert_same_losses(first: Routing, second: Routing) -> None:
     assert first.losses.keys() == second.losses.keys()
     for name, loss in first.losses.items():
         torch.testing.assert_close(loss, second.losses[name])
 
 
-def assert_contract(row: Row, router: Router, routing: SparseRouting, valid: Tensor) -> None:
+def assert_contract(row: Row, router: Router, routing: Routing, valid: Tensor) -> None:
     """All that holds for any routing of the router, ``valid (T,)`` being False at padding."""
+    assert isinstance(routing, SoftRouting) is row.soft
+    assert int(routing.num_tokens) == int(valid.sum())
+    assert routing.scores.dtype == torch.float32
+    assert routing.scores.shape == (valid.numel(), router.num_experts + row.null_experts)
+    assert routing.scores.isfinite().all()
+    assert torch.equal(routing.scores[~valid], torch.zeros_like(routing.scores[~valid]))
+    if row.probabilities:
+        assert (routing.scores >= 0).all()
+        torch.testing.assert_close(routing.scores.sum(dim=1), valid.float())
+
+    assert tuple(routing.losses) == router.loss_names == tuple(row.balanced_losses)
+    for scalar in (*routing.losses.values(), *routing.metrics.values()):
+        assert scalar.shape == ()
+        assert scalar.isfinite()
+    assert all(loss.dtype == torch.float32 for loss in routing.losses.values())
+    assert not any(metric.requires_grad for metric in routing.metrics.values())
+    (assert_soft if isinstance(routing, SoftRouting) else assert_sparse)(row, router, routing, valid)
+
+
+def assert_soft(row: Row, router: Router, routing: SoftRouting, valid: Tensor) -> None:
+    groups, size, experts, capacity = routing.dispatch.shape
+    assert (groups * size, experts) == (valid.numel(), router.num_experts)
+    assert routing.dispatch.shape == routing.combine.shape
+    assert routing.rows == groups * experts * capacity
+    assert torch.equal(chosen(routing), valid[:, None].expand(-1, experts))
+    real = valid.view(groups, size)
+    for tensor in (routing.dispatch, routing.combine):
+        assert tensor.dtype == torch.float32
+        assert (tensor >= 0).all()
+        assert torch.equal(tensor[~real], torch.zeros_like(tensor[~real]))
+    of_tokens = routing.dispatch.sum(dim=1)  # (G, E, C)
+    torch.testing.assert_close(of_tokens, real.any(dim=1).float()[:, None, None].expand_as(of_tokens))
+    torch.testing.assert_close(routing.combine.sum(dim=(2, 3)), real.float())
+
+
+def assert_sparse(row: Row, router: Router, routing: SparseRouting, valid: Tensor) -> None:
     tokens, experts = valid.numel(), router.num_experts
     token, expert, weight = routing.token, routing.expert, routing.weight
     assert token.dtype == torch.int64
@@ -115,7 +180,6 @@ def assert_contract(row: Row, router: Router, routing: SparseRouting, valid: Ten
     assert valid[token].all(), "no padding"
     assert torch.equal(routing.tokens_per_expert, torch.bincount(expert, minlength=experts))
 
-    assert int(routing.num_tokens) == int(valid.sum())
     per_token = chosen(routing).sum(dim=1)
     least, most = row.bounds(experts)
     assert (per_token <= most).all()
@@ -128,27 +192,15 @@ def assert_contract(row: Row, router: Router, routing: SparseRouting, valid: Ten
         assert (per_token[valid] >= least).all()
     torch.testing.assert_close(routing.active_experts, torch.tensor(token.numel() / max(int(valid.sum()), 1)))
 
-    assert weight.dtype == routing.scores.dtype == torch.float32
+    assert weight.dtype == torch.float32
     assert weight.isfinite().all()
     assert (weight >= 0).all()
     assert (routing.to_dense().sum(dim=1) <= row.largest_weight + 1e-5).all()
-    assert routing.scores.shape == (tokens, experts + row.null_experts)
-    assert routing.scores.isfinite().all()
-    assert torch.equal(routing.scores[~valid], torch.zeros_like(routing.scores[~valid]))
-    if row.probabilities:
-        assert (routing.scores >= 0).all()
-        torch.testing.assert_close(routing.scores.sum(dim=1), valid.float())
 
     dense = routing.to_dense()
     assert torch.equal(dense[token, expert], weight)
     assert int(dense.count_nonzero()) == int(weight.count_nonzero())
 
-    assert tuple(routing.losses) == router.loss_names == tuple(row.balanced_losses)
-    for scalar in (*routing.losses.values(), *routing.metrics.values()):
-        assert scalar.shape == ()
-        assert scalar.isfinite()
-    assert all(loss.dtype == torch.float32 for loss in routing.losses.values())
-    assert not any(metric.requires_grad for metric in routing.metrics.values())
     assert (routing.balance is None) == ("balance" not in routing.losses)
     if routing.balance is not None:
         torch.testing.assert_close(routing.balance.loss(), routing.losses["balance"])
@@ -212,7 +264,7 @@ def test_fewer_tokens_than_experts(row, train):
         assert_contract(row, router, route(router, draw(tokens, D)), torch.ones(tokens, dtype=torch.bool))
 
 
-@rows_where(lambda row: row.min_experts == 1)
+@rows_where(lambda row: row.min_experts == 1 and not row.soft)
 @every_mode
 def test_the_only_expert(row, train):
     router = row.build(D, 1).train(train)
@@ -229,10 +281,10 @@ def test_the_only_expert(row, train):
 def test_all_padding(row, train):
     router = row.build(D, E).train(train)
     routing = route(router, draw(T, D), batch=BATCH, valid=torch.zeros(T, dtype=torch.bool))
-    assert routing.token.numel() == 0
+    assert not chosen(routing).any()
     assert torch.equal(routing.scores, torch.zeros(T, E + row.null_experts))
     assert all(loss.item() == 0 for loss in routing.losses.values())
-    for gradient in gradients_of(routing.weight.sum() + sum(routing.losses.values()), list(router.parameters())):
+    for gradient in gradients_of(weights_of(routing).sum() + sum(routing.losses.values()), list(router.parameters())):
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
@@ -268,7 +320,7 @@ def test_padding_routes_as_if_it_were_not_there(row):
     padded, packed = route(router, hidden, valid=valid), route(router, hidden[valid])
     assert torch.equal(chosen(padded)[valid], chosen(packed))
     torch.testing.assert_close(padded.to_dense()[valid], packed.to_dense())
-    assert torch.equal(padded.dropped, packed.dropped)
+    assert row.soft or torch.equal(padded.dropped, packed.dropped)
     assert_same_losses(padded, packed)
 
 
@@ -278,10 +330,7 @@ def test_padding_receives_no_gradient(row):
     valid = torch.arange(T) % 3 != 1
     hidden = draw(T, D).requires_grad_()
     routing = route(router, hidden, batch=BATCH, valid=valid)
-    total = (routing.weight * draw(routing.weight.numel(), seed=1)).sum() + sum(routing.losses.values())
-    if routing.bypass is not None:
-        total = total + (routing.bypass * draw(T, D, seed=2)).sum()
-    (gradient,) = gradients_of(total, [hidden])
+    (gradient,) = gradients_of(directed(routing) + sum(routing.losses.values()), [hidden])
     assert torch.equal(gradient[~valid], torch.zeros_like(gradient[~valid]))
 
 
@@ -299,7 +348,7 @@ def past_differs(router: Router, seed: int, cut: int) -> bool:
         past = slice(b * SEQUENCE, b * SEQUENCE + cut)
         if not (
             torch.equal(chosen(before)[past], chosen(after)[past])
-            and torch.allclose(before.to_dense()[past], after.to_dense()[past], atol=1e-5)
+            and torch.allclose(by_token(before)[past], by_token(after)[past], atol=1e-5)
             and torch.allclose(before.scores[past], after.scores[past], atol=1e-5)
         ):
             return True
@@ -363,10 +412,7 @@ def assert_teaches(row: Row, router: Router, total: Tensor, signal: str, least: 
 def test_the_combine_weights_teach_the_gate(row):
     router = row.build(D, E)
     routing = route(router, draw(T, D), batch=BATCH)
-    total = (routing.weight * draw(routing.weight.numel(), seed=1)).sum()
-    if routing.bypass is not None:
-        total = total + (routing.bypass * draw(T, D, seed=2)).sum()
-    assert_teaches(row, router, total, "weights", least=1e-3)
+    assert_teaches(row, router, directed(routing), "weights", least=1e-3)
 
 
 @every_loss
@@ -518,4 +564,4 @@ def test_detached_routing_is_equal_and_has_no_graph(row):
     routing = route(row.build(D, E), draw(T, D), batch=BATCH)
     detached = routing.detach()
     assert_same(routing, detached)
-    assert not any(value.requires_grad for value in (detached.weight, detached.scores, *detached.losses.values()))
+    assert not any(value.requires_grad for value in (weights_of(detached), detached.scores, *detached.losses.values()))

@@ -78,9 +78,9 @@ class Routed:
                 known = layer in self.load
                 self.load[layer] = self.load[layer] + routing.load if known else routing.load
                 self.violation[layer] = self.violation[layer] + violation if known else violation
-                for name, value in routing.metrics.items():
-                    self.metrics[name] = self.metrics[name] + value if name in self.metrics else value
-                    self.measured[name] = self.measured.get(name, 0) + 1
+            for name, value in routing.metrics.items():
+                self.metrics[name] = self.metrics[name] + value if name in self.metrics else value
+                self.measured[name] = self.measured.get(name, 0) + 1
 
     def describe(self) -> dict[str, Any]:
         """Means in plain values."""

@@ -10,7 +10,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from evomoe.callbacks.bars import write_bars
-from evomoe.routing import SparseRouting
 from evomoe.routing.metrics import brief_metrics
 
 
@@ -19,7 +18,8 @@ class RoutingMonitor(L.Callback):
 
     Per MoE layer: ``active_experts`` (assignments per real token), ``rows`` (rows that the experts computed, per real
     token), ``load_max_violation``, ``router_entropy``, ``dropped``. Over all layers: ``moe/active_experts``. In
-    TensorBoard also a histogram of the load, where ``histograms`` is set.
+    TensorBoard also a histogram of the load, where ``histograms`` is set. Of a soft routing the load is what the tokens
+    receive of each expert, and the active experts are the slots per token.
 
     Args:
         histograms: also log the tokens of each expert, per real token, as bars over the experts.
@@ -42,14 +42,12 @@ class RoutingMonitor(L.Callback):
         metrics: dict[str, Tensor] = {}
         active = []
         for layer, routing in zip(layers, outputs["routings"], strict=True):
-            if not isinstance(routing, SparseRouting):
-                continue
             brief = brief_metrics(routing)
-            brief["rows"] = routing.token.numel() / routing.num_tokens.clamp(min=1)
+            brief["rows"] = routing.rows / routing.num_tokens.clamp(min=1)
             active.append(brief["active_experts"])
             metrics.update({f"moe/{layer}/{name}": value.float() for name, value in brief.items()})
             if self.histograms and isinstance(trainer.logger, TensorBoardLogger):
-                share = routing.tokens_per_expert / routing.num_tokens.clamp(min=1)
+                share = routing.load / routing.num_tokens.clamp(min=1)
                 write_bars(trainer.logger.experiment, f"moe/{layer}/load", share, trainer.global_step)
         if active:
             metrics["moe/active_experts"] = torch.stack(active).mean()

@@ -16,7 +16,7 @@ from evomoe.routing.contract import (
 from evomoe.routing.cosine import CosineRouter
 from evomoe.routing.dense import DenseMoE
 from evomoe.routing.dts import DTSGate
-from evomoe.routing.expert_choice import ExpertChoice
+from evomoe.routing.expert_choice import ExpertChoice, SinkhornExpertChoice, SparsityConstrainedExpertChoice
 from evomoe.routing.forced import ForcedBalance
 from evomoe.routing.hash_layer import HashLayer
 from evomoe.routing.locmoe import LocMoE
@@ -25,8 +25,10 @@ from evomoe.routing.loss_free import LossFreeBias
 from evomoe.routing.moe_plus_plus import MoEPlusPlus
 from evomoe.routing.remoe import ReMoE
 from evomoe.routing.schedule import Schedule
+from evomoe.routing.soft_moe import SoftMoE
 from evomoe.routing.stable_moe import StableMoE
 from evomoe.routing.switch import Switch
+from evomoe.routing.token_choice import SinkhornTokenChoice, SoftmaxTokenChoice
 from evomoe.routing.topk import TopK
 
 __all__ = [
@@ -49,8 +51,13 @@ __all__ = [
     "RoutingInput",
     "Schedule",
     "ScheduleValues",
+    "SinkhornExpertChoice",
+    "SinkhornTokenChoice",
+    "SoftMoE",
     "SoftRouting",
+    "SoftmaxTokenChoice",
     "SparseRouting",
+    "SparsityConstrainedExpertChoice",
     "StableMoE",
     "StepStatistics",
     "Switch",

@@ -152,6 +152,23 @@ class SparseRouting:
         dense = self.scores.new_zeros(self.scores.shape[0], self.tokens_per_expert.numel())
         return dense.index_put((self.token, self.expert), self.weight)
 
+    def to_slots(self) -> SoftRouting:
+        """The same routing in the unified formulation, with G = 1, S = T and the largest load as capacity C.
+
+        Each slot reads one token at most. What experts without computation add (``bypass``) is not in it.
+        """
+        counts = self.tokens_per_expert
+        first = (counts.cumsum(0) - counts).repeat_interleave(counts, output_size=self.token.numel())
+        slot = torch.arange(self.token.numel(), device=self.token.device) - first
+        empty = self.scores.new_zeros(1, self.scores.shape[0], counts.numel(), int(counts.max()))
+        place = (torch.zeros_like(slot), self.token, self.expert, slot)
+        return SoftRouting(
+            dispatch=empty.index_put(place, torch.ones_like(self.weight)),
+            combine=empty.index_put(place, self.weight),
+            num_tokens=self.num_tokens,
+            losses=self.losses,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SoftRouting:
@@ -162,12 +179,14 @@ class SoftRouting:
         combine: ``(G, S, E, C)``: token s receives ``sum_ec combine[g, s, e, c] * output[g, e, c]``.
         num_tokens: number of real tokens, a 0-dim tensor.
         losses: auxiliary losses by name.
+        metrics: further 0-dim tensors to log, by name.
     """
 
     dispatch: Tensor
     combine: Tensor
     num_tokens: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -175,10 +194,29 @@ class SoftRouting:
         groups, _, experts, capacity = self.dispatch.shape
         return groups * experts * capacity
 
+    @property
+    def active_experts(self) -> Tensor:
+        """Slots that experts compute per real token, a 0-dim tensor: what a token costs, though it sees all slots."""
+        return self.rows / self.num_tokens.clamp(min=1)
+
+    @property
+    def scores(self) -> Tensor:
+        """Share of each expert in what a token receives, ``(T, E)``; zero rows at padding."""
+        return self.to_dense()
+
+    @property
+    def load(self) -> Tensor:
+        """What the tokens receive of each expert, in tokens, ``(E,)``. Each computes equally many slots."""
+        return self.to_dense().sum(dim=0)
+
     def detach(self) -> SoftRouting:
         """The same routing cut from the autograd graph."""
         losses = {name: loss.detach() for name, loss in self.losses.items()}
         return replace(self, dispatch=self.dispatch.detach(), combine=self.combine.detach(), losses=losses)
+
+    def to_dense(self) -> Tensor:
+        """Combine weights of the experts, over their slots, ``(T, E)``."""
+        return self.combine.sum(dim=3).flatten(0, 1)
 
 
 Routing = SparseRouting | SoftRouting

@@ -1,20 +1,22 @@
-"""Expert Choice routing (arXiv 2202.09368): the experts choose their tokens."""
+"""Expert Choice routing (arXiv 2202.09368): the experts choose their tokens, by probability or by a transport plan.
+
+Shapes: T tokens, D model width, E experts, C capacity, G pools of n tokens.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from evomoe.errors import ConfigError
 from evomoe.routing.contract import Router, RoutingInput, SparseRouting
-from evomoe.routing.gate import LinearGate
-from evomoe.routing.selection import assign_mask, capacity_per_expert, make_routing
-
-POOLS = ("sequence", "batch", "position")
+from evomoe.routing.gate import LinearGate, add_noise, check_noise
+from evomoe.routing.pools import Pooled, check_pool, from_pools, real_tokens, to_pools
+from evomoe.routing.selection import assign_mask, capacity_per_expert, check_rounding, make_routing
+from evomoe.routing.transport import Sinkhorn, SparseTransport, check_combine
 
 
 class ExpertChoice(Router):
@@ -25,11 +27,15 @@ class ExpertChoice(Router):
 
     What the pool is decides who sees whom:
 
-    - ``batch``: all tokens of the batch, as published. A token's experts depend on later tokens.
-    - ``sequence``: the tokens of one sequence. They depend on later tokens, but not on other sequences.
+    - ``batch``: all tokens of the batch, as published for language. A token's experts depend on later tokens.
+    - ``sequence``: the tokens of one sequence or image, as published for vision. They depend on later tokens, but not
+      on other sequences.
     - ``position``: the tokens that stand at the same position of all sequences, our choice for language models. They
       depend on no later token, but on the other sequences: few sequences a batch make small pools, down to a single
       one, whose token every expert takes.
+
+    The softmax expert choice of *Routers in Vision MoE* (arXiv 2401.15969) has ``pool="sequence"``, ``noise=1`` and
+    ``capacity_rounding="round"``.
 
     It has no loss. The metric ``uncovered`` is the share of real tokens without any expert.
 
@@ -37,7 +43,10 @@ class ExpertChoice(Router):
         d_model: width D of the token states.
         num_experts: number of experts E.
         capacity_factor: mean number of experts per token (the paper: 2).
+        capacity_rounding: of C, ``ceil`` or ``round``.
+        capacity_multiple: C is then rounded up to a multiple of it.
         pool: ``batch``, ``sequence`` or ``position``.
+        noise: in training, deviation of the Gaussian noise on the logits, times E.
         init: initialisation of the gate, see ``LinearGate``.
     """
 
@@ -47,7 +56,10 @@ class ExpertChoice(Router):
         num_experts: int,
         *,
         capacity_factor: float = 2.0,
+        capacity_rounding: str = "ceil",
+        capacity_multiple: int = 1,
         pool: str = "batch",
+        noise: float = 0.0,
         init: str = "scaled",
     ) -> None:
         super().__init__(d_model, num_experts)
@@ -56,10 +68,14 @@ class ExpertChoice(Router):
                 f"router capacity_factor={capacity_factor}: expected a finite factor above 0, the mean number of "
                 "experts per token; the published one is 2"
             )
-        if pool not in POOLS:
-            raise ConfigError(f"router pool={pool!r} is unknown: expected one of {', '.join(POOLS)}")
+        check_rounding(capacity_rounding, capacity_multiple)
+        check_pool(pool)
+        check_noise(noise)
         self.capacity_factor = capacity_factor
+        self.capacity_rounding = capacity_rounding
+        self.capacity_multiple = capacity_multiple
         self.pool = pool
+        self.noise = noise
         self.causal_in_train = self.causal_in_eval = pool == "position"
         self.gate = LinearGate(d_model, num_experts, init)
 
@@ -69,30 +85,161 @@ class ExpertChoice(Router):
 
     def forward(self, inputs: RoutingInput) -> SparseRouting:
         """Route ``inputs.hidden (T, D)``."""
-        probabilities = F.softmax(self.gate(inputs.hidden), dim=1)  # (T, E)
-        valid = torch.ones_like(probabilities[:, 0], dtype=torch.bool) if inputs.valid is None else inputs.valid
-        chosen = self._from_pools(self._choose(self._to_pools(probabilities, inputs), self._to_pools(valid, inputs)))
-        routing = make_routing(inputs, assign_mask(chosen, probabilities), probabilities)
+        logits = self.gate(inputs.hidden)  # (T, E)
+        if self.training:
+            logits = add_noise(logits, self.noise / self.num_experts)
+        probabilities = F.softmax(logits, dim=1)
+        pooled = Pooled(
+            to_pools(logits, inputs, self.pool),
+            to_pools(probabilities, inputs, self.pool),
+            real_tokens(inputs, self.pool),
+        )
+        ranking, weights = self._rank_and_weigh(pooled)
+        chosen = from_pools(choose_best(ranking, pooled.valid, self._places(pooled.valid)), self.pool)
+        routing = make_routing(inputs, assign_mask(chosen, from_pools(weights, self.pool)), probabilities)
         uncovered = routing.num_tokens - chosen.any(dim=1).sum()
         return replace(routing, metrics={"uncovered": uncovered / routing.num_tokens.clamp(min=1)})
 
-    def _choose(self, scores: Tensor, valid: Tensor) -> Tensor:
-        """The C best tokens of each expert in each of G pools: ``(G, n, E)``, and ``valid (G, n)``, to bool."""
-        real = valid.sum(dim=1, keepdim=True)  # (G, 1)
-        capacity = capacity_per_expert(real, self.num_experts, 1, self.capacity_factor).minimum(real)
-        # A score is at least 0, so padding queues last, where no place is left.
-        queue = scores.masked_fill(~valid[:, :, None], -1).argsort(dim=1, descending=True, stable=True)
-        served = torch.arange(scores.shape[1], device=scores.device) < capacity  # (G, n), by place in the queue
-        chosen = torch.zeros_like(scores, dtype=torch.bool)
-        return chosen.scatter(1, queue, served[:, :, None].expand_as(queue))
+    def _rank_and_weigh(self, pooled: Pooled) -> tuple[Tensor, Tensor]:
+        """What the experts order the tokens by, and the combine weights, ``(G, n, E)`` each."""
+        return pooled.probabilities, pooled.probabilities
 
-    def _to_pools(self, values: Tensor, inputs: RoutingInput) -> Tensor:
-        """``(T, ...)`` to ``(G, n, ...)``."""
-        if self.pool == "batch":
-            return values[None]
-        by_sequence = values.view(inputs.batch, inputs.sequence, *values.shape[1:])
-        return by_sequence if self.pool == "sequence" else by_sequence.transpose(0, 1)
+    def _places(self, valid: Tensor) -> Tensor:
+        """C of each pool, ``(G, 1)`` int64."""
+        real = valid.sum(dim=1, keepdim=True)
+        rounding, multiple = self.capacity_rounding, self.capacity_multiple
+        places = capacity_per_expert(real, self.num_experts, 1, self.capacity_factor, rounding, multiple)
+        return places.long().minimum(real)
 
-    def _from_pools(self, chosen: Tensor) -> Tensor:
-        """``(G, n, E)`` back to ``(T, E)``."""
-        return (chosen.transpose(0, 1) if self.pool == "position" else chosen).flatten(0, 1)
+
+def choose_best(ranking: Tensor, valid: Tensor, places: Tensor) -> Tensor:
+    """The tokens of highest rank for each expert, ``(G, n, E)`` bool; a tie goes to the earlier token.
+
+    Args:
+        ranking: ``(G, n, E)``.
+        valid: ``(G, n)`` bool; padding is never chosen.
+        places: how many, at most the real tokens of the pool, ``(G, 1)`` int64.
+    """
+    ranking = ranking.detach().masked_fill(~valid[:, :, None], -math.inf)
+    best = ranking.topk(max(int(places.max()), 1), dim=1).values  # (G, most, E)
+    last = (places - 1).clamp(min=0)[:, :, None].expand(-1, 1, ranking.shape[2])
+    bar = best.gather(1, last)  # what the last one chosen has, (G, 1, E)
+    above, level = ranking > bar, ranking == bar
+    left = places[:, :, None] - above.sum(dim=1, keepdim=True)
+    return above | (level & (level.cumsum(dim=1) <= left))
+
+
+class SinkhornExpertChoice(ExpertChoice):
+    """Expert Choice by an entropic transport plan (arXiv 2401.15969): the best tokens of each column of the plan.
+
+    The plan evens out how much of each token is asked for before the experts choose, so fewer tokens stay without an
+    expert.
+
+    Args:
+        d_model: width D of the token states.
+        num_experts: number of experts E.
+        epsilon: weight of the plan's entropy.
+        iterations: of Sinkhorn at most.
+        tolerance: at which a pool is done earlier, see :func:`~evomoe.routing.transport.sinkhorn_plan`; 0 for never.
+        combine: the weights: ``softmax`` of the logits, as in the released code, or the ``plan``.
+        capacity_factor: mean number of experts per token.
+        capacity_rounding: of C, ``ceil`` or ``round``.
+        capacity_multiple: C is then rounded up to a multiple of it.
+        pool: ``batch``, ``sequence`` or ``position``.
+        noise: in training, deviation of the Gaussian noise on the logits, times E.
+        init: initialisation of the gate, see ``LinearGate``.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        *,
+        epsilon: float = 1.0,
+        iterations: int = 20,
+        tolerance: float = 1e-3,
+        combine: str = "softmax",
+        capacity_factor: float = 1.0,
+        capacity_rounding: str = "round",
+        capacity_multiple: int = 1,
+        pool: str = "sequence",
+        noise: float = 1.0,
+        init: str = "scaled",
+    ) -> None:
+        super().__init__(
+            d_model,
+            num_experts,
+            capacity_factor=capacity_factor,
+            capacity_rounding=capacity_rounding,
+            capacity_multiple=capacity_multiple,
+            pool=pool,
+            noise=noise,
+            init=init,
+        )
+        check_combine(combine)
+        self.sinkhorn = Sinkhorn(epsilon, iterations, tolerance)
+        self.combine = combine
+
+    def _rank_and_weigh(self, pooled: Pooled) -> tuple[Tensor, Tensor]:
+        plan = self.sinkhorn.plan(pooled.logits, pooled.valid)
+        return plan, plan if self.combine == "plan" else pooled.probabilities
+
+
+class SparsityConstrainedExpertChoice(ExpertChoice):
+    """Expert Choice by a transport plan with at most C tokens an expert (arXiv 2209.15466; 2401.15969).
+
+    The benefit of a pair is its softmax probability. The experts choose by the sum of benefit and potential of the
+    token: these are the tokens of the plan, and where it has fewer than C, the next in line rather than, as in the
+    released code, the first in the batch. There is no noise.
+
+    Args:
+        d_model: width D of the token states.
+        num_experts: number of experts E.
+        gamma: weight of the plan's squared norm.
+        iterations: of Adam on the semi-dual.
+        learning_rate: of Adam.
+        combine: the weights: ``softmax`` of the logits, as in the released code, or the ``plan``, whose entries reach
+            n / E. Its gradient takes the potentials as constants.
+        capacity_factor: mean number of experts per token.
+        capacity_rounding: of C, ``ceil`` or ``round``.
+        capacity_multiple: C is then rounded up to a multiple of it.
+        pool: ``batch``, ``sequence`` or ``position``.
+        init: initialisation of the gate, see ``LinearGate``.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        *,
+        gamma: float = 1.0,
+        iterations: int = 20,
+        learning_rate: float = 0.01,
+        combine: str = "softmax",
+        capacity_factor: float = 1.0,
+        capacity_rounding: str = "round",
+        capacity_multiple: int = 1,
+        pool: str = "sequence",
+        init: str = "scaled",
+    ) -> None:
+        super().__init__(
+            d_model,
+            num_experts,
+            capacity_factor=capacity_factor,
+            capacity_rounding=capacity_rounding,
+            capacity_multiple=capacity_multiple,
+            pool=pool,
+            init=init,
+        )
+        check_combine(combine)
+        self.transport = SparseTransport(gamma, iterations, learning_rate)
+        self.combine = combine
+
+    def _rank_and_weigh(self, pooled: Pooled) -> tuple[Tensor, Tensor]:
+        benefit = pooled.probabilities.transpose(1, 2).contiguous()  # (G, E, n)
+        places = self._places(pooled.valid)
+        potential = self.transport.potentials(benefit, pooled.valid, places)  # (G, n)
+        ranking = pooled.probabilities + potential[:, :, None]
+        if self.combine == "softmax":
+            return ranking, pooled.probabilities
+        return ranking, self.transport.plan(benefit, potential, pooled.valid, places).transpose(1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -54,3 +55,14 @@ class LinearGate(Gate):
         """``(T, D)`` of any floating type to fp32 logits ``(T, E)``."""
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             return F.linear(hidden.float(), self.weight.float())
+
+
+def add_noise(logits: Tensor, deviation: float) -> Tensor:
+    """``logits`` and Gaussian noise, drawn from the global random generator unless the deviation is 0."""
+    return logits + deviation * torch.randn_like(logits) if deviation > 0 else logits
+
+
+def check_noise(noise: float) -> None:
+    """Refuse a deviation that is none."""
+    if not 0 <= noise < math.inf:
+        raise ConfigError(f"router noise={noise}: expected 0 for none, or a finite value above it; V-MoE's is 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from evomoe.routing.contract import Balance
@@ -29,3 +30,17 @@ def z_loss(logits: Tensor, valid: Tensor | None, num_tokens: Tensor) -> Tensor:
     """Mean squared log-partition of the logits ``(T, E)`` (ST-MoE, arXiv 2202.08906, equation 5)."""
     squared = logits.logsumexp(dim=1, keepdim=True).square()  # (T, 1)
     return mask_padding(squared, valid).sum() / num_tokens.clamp(min=1)
+
+
+def squared_variation(amounts: Tensor) -> Tensor:
+    """Squared coefficient of variation of what each expert gets, ``(E,)``; 0 at balance, E - 1 at collapse.
+
+    V-MoE (arXiv 2106.05974, appendix A) takes it of the sum of the probabilities, *importance*, and of the probability
+    to be chosen again if the noise were drawn anew, *load*.
+    """
+    return amounts.var(unbiased=False) / amounts.mean().square().clamp(min=1e-20)
+
+
+def chance_of_choice(logits: Tensor, threshold: Tensor, deviation: float) -> Tensor:
+    """Probability of each expert to pass the ``threshold (T, 1)`` with new noise on its logit ``(T, E)``."""
+    return torch.special.ndtr((logits - threshold) / deviation)

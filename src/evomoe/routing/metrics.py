@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from evomoe.routing.contract import SparseRouting
+from evomoe.routing.contract import Routing, SparseRouting
 
 
 def load_max_violation(tokens_per_expert: Tensor) -> Tensor:
@@ -14,7 +14,7 @@ def load_max_violation(tokens_per_expert: Tensor) -> Tensor:
     return (load.max() - load.mean()) / load.mean().clamp(min=1e-9)
 
 
-def router_entropy(routing: SparseRouting) -> Tensor:
+def router_entropy(routing: Routing) -> Tensor:
     """Mean entropy of the tokens' scores in nats: log(E) when undecided, 0 when certain."""
     return torch.special.entr(routing.scores).sum() / routing.num_tokens.clamp(min=1)
 
@@ -25,12 +25,13 @@ def dropped_fraction(routing: SparseRouting) -> Tensor:
     return routing.dropped / wanted.clamp(min=1)
 
 
-def brief_metrics(routing: SparseRouting) -> dict[str, Tensor]:
+def brief_metrics(routing: Routing) -> dict[str, Tensor]:
     """The scalars that are logged for every MoE layer, the router's own included."""
-    return {
+    brief = {
         "active_experts": routing.active_experts,
         "load_max_violation": load_max_violation(routing.load),
         "router_entropy": router_entropy(routing),
-        "dropped": dropped_fraction(routing),
-        **routing.metrics,
     }
+    if isinstance(routing, SparseRouting):
+        brief["dropped"] = dropped_fraction(routing)
+    return brief | routing.metrics

@@ -12,6 +12,10 @@ from torch import Tensor
 
 from evomoe.errors import ConfigError
 from evomoe.routing.contract import RoutingInput, SparseRouting
+from evomoe.routing.pools import from_pools, real_tokens
+
+PRIORITIES = ("token", "choice", "best")
+ROUNDINGS = ("ceil", "round")
 
 Assignments = tuple[Tensor, Tensor, Tensor]
 """``token (A,)``, ``weight (A,)``, ``tokens_per_expert (E,)``: the first three fields of a ``SparseRouting``."""
@@ -58,16 +62,31 @@ def true_experts(assignments: Assignments, num_experts: int) -> Assignments:
     return token[:rows], weight[:rows], load[:num_experts]
 
 
-def within_capacity(expert: Tensor, capacity: Tensor | int, valid: Tensor | None, priority: str = "token") -> Tensor:
+def within_capacity(
+    expert: Tensor,
+    capacity: Tensor | int,
+    valid: Tensor | None,
+    priority: str = "token",
+    weight: Tensor | None = None,
+) -> Tensor:
     """Which choices find a free place, ``(T, K)`` bool.
 
     Args:
         expert: chosen experts ``(T, K)``.
-        capacity: places per expert.
+        capacity: places per expert, or for each token those of the experts that it may choose ``(T,)``.
         valid: ``(T,)`` bool; padding takes no place and is never kept.
         priority: ``"token"`` serves all choices of an earlier token first (causal); ``"choice"`` serves all first
-            choices before any second choice (GShard): a later token can then evict an earlier one's second choice.
+            choices before any second choice (GShard): a later token can then evict an earlier one's second choice;
+            ``"best"`` does so after sorting the tokens by their largest weight (V-MoE's Batch Priority Routing).
+        weight: combine weights ``(T, K)``, for ``"best"``.
     """
+    if priority == "best":
+        assert weight is not None
+        best = torch.argsort(weight.amax(dim=1), descending=True, stable=True)
+        limit = capacity[best] if isinstance(capacity, Tensor) and capacity.ndim == 1 else capacity
+        kept = torch.empty_like(expert, dtype=torch.bool)
+        kept[best] = within_capacity(expert[best], limit, None if valid is None else valid[best], "choice")
+        return kept
     queue = expert if priority == "token" else expert.t()
     flat = queue.flatten()
     if valid is not None:
@@ -77,6 +96,9 @@ def within_capacity(expert: Tensor, capacity: Tensor | int, valid: Tensor | None
     order = torch.argsort(flat, stable=True)
     ranked = flat[order]
     place = torch.arange(flat.numel(), device=flat.device) - torch.searchsorted(ranked, ranked)
+    if isinstance(capacity, Tensor) and capacity.ndim == 1:
+        limits = capacity[:, None].expand_as(expert)
+        capacity = (limits if priority == "token" else limits.t()).flatten()[order]
     served = torch.empty_like(flat, dtype=torch.bool)
     served[order] = (place < capacity) & (ranked >= 0)
     served = served.view(queue.shape)
@@ -90,25 +112,42 @@ def assign_within_capacity(
     num_experts: int,
     factor: float | None,
     priority: str = "token",
+    pool: str = "batch",
+    multiple: int = 1,
 ) -> tuple[Assignments, Tensor | None]:
-    """Assignments under a capacity of ``factor * T * K / E`` places per expert, and the load before it, ``(E,)``.
+    """Assignments under a capacity of ``factor * n * K / E`` places per expert, and the load before it, ``(E,)``.
 
-    Without a factor nothing is dropped, and the load before it is None. See :func:`assign_choices` and
-    :func:`within_capacity` for the other arguments.
+    Without a factor nothing is dropped, and the load before it is None. The tokens of each ``pool`` have n places for
+    themselves. See :func:`assign_choices`, :func:`within_capacity` and :func:`capacity_per_expert` for the others.
     """
     assignments = assign_choices(expert, weight, num_experts, inputs.valid)
     if factor is None:
         return assignments, None
-    num_tokens = count_tokens(inputs.valid, inputs.hidden)
-    capacity = capacity_per_expert(num_tokens, num_experts, expert.shape[1], factor)
-    keep = within_capacity(expert, capacity, inputs.valid, priority)
+    real = real_tokens(inputs, pool)  # (G, n)
+    capacity = capacity_per_expert(real.sum(dim=1), num_experts, expert.shape[1], factor, multiple=multiple)  # (G,)
+    pool_of = from_pools(torch.arange(len(real), device=expert.device)[:, None].expand_as(real), pool)  # (T,)
+    queue = expert + num_experts * pool_of[:, None]  # each pool has experts of its own
+    keep = within_capacity(queue, capacity[pool_of], inputs.valid, priority, weight)
     return assign_choices(expert, weight, num_experts, keep), assignments[2]
 
 
-def capacity_per_expert(num_tokens: Tensor, num_experts: int, top_k: int, factor: float) -> Tensor:
-    """Places per expert, ``ceil(T * K / E * factor)`` over real tokens, as a 0-dim tensor (at least 1)."""
+def capacity_per_expert(
+    num_tokens: Tensor, num_experts: int, top_k: int, factor: float, rounding: str = "ceil", multiple: int = 1
+) -> Tensor:
+    """Places per expert: ``T * K / E * factor`` over real tokens, rounded to an integer of at least 1.
+
+    Args:
+        num_tokens: real tokens T of each pool, of any shape, which the result has too.
+        num_experts: number of experts E.
+        top_k: experts per token K.
+        factor: of the capacity.
+        rounding: ``"ceil"``, or ``"round"`` to the nearest.
+        multiple: then rounded up to a multiple of it.
+    """
     places = num_tokens.double() * top_k * factor / num_experts
-    return (places - 1e-9).ceil().clamp(min=1)  # 100 * 1.1 / 10 is 11 places, whatever the last bit says
+    # 100 * 1.1 / 10 is 11 places, whatever the last bit says.
+    whole = (places - 1e-9).ceil() if rounding == "ceil" else places.round()
+    return (whole.clamp(min=1) / multiple).ceil() * multiple
 
 
 def make_routing(
@@ -166,3 +205,17 @@ def check_capacity_factor(name: str, factor: float | None) -> None:
     """Refuse a capacity factor that leaves no place."""
     if factor is not None and not (factor > 0 and math.isfinite(factor)):
         raise ConfigError(f"{name}={factor}: expected a finite factor above 0, or null for dropless routing")
+
+
+def check_priority(priority: str) -> None:
+    """Refuse an order of service that does not exist."""
+    if priority not in PRIORITIES:
+        raise ConfigError(f"router priority={priority!r} is unknown: expected one of {', '.join(PRIORITIES)}")
+
+
+def check_rounding(rounding: str, multiple: int) -> None:
+    """Refuse a rule of rounding that does not exist."""
+    if rounding not in ROUNDINGS:
+        raise ConfigError(f"router capacity_rounding={rounding!r} is unknown: expected ceil or round")
+    if multiple < 1:
+        raise ConfigError(f"router capacity_multiple={multiple}: expected 1 or more; V-MoE rounds up to multiples of 4")

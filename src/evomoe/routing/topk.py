@@ -14,6 +14,7 @@ from evomoe.routing.losses import switch_balance, z_loss
 from evomoe.routing.selection import (
     assign_within_capacity,
     check_capacity_factor,
+    check_priority,
     check_renormalize,
     check_top_k,
     make_routing,
@@ -38,14 +39,15 @@ class TopK(Router):
         renormalize: divide a token's chosen weights by their sum, before any capacity bound.
         capacity_factor: places per expert in training, as a multiple of T * K / E; None drops nothing.
         eval_capacity_factor: the same in evaluation.
-        priority: who is served first under a capacity: ``"token"`` (earlier tokens, causal) or ``"choice"`` (all first
-            choices; a later token can evict an earlier one, so a causal model refuses it).
+        priority: who is served first under a capacity: ``"token"`` (earlier tokens, causal), ``"choice"`` (all first
+            choices) or ``"best"`` (all first choices, those of large weight before others). With the last two a later
+            token can evict an earlier one, so a causal model refuses them.
         jitter: in training the gate sees the token state times U[1 - jitter, 1 + jitter].
         init: initialisation of the linear gate, see ``LinearGate``.
         gate: another gate in its place.
     """
 
-    loss_names = ("balance", "z")
+    loss_names: tuple[str, ...] = ("balance", "z")
 
     def __init__(
         self,
@@ -65,8 +67,7 @@ class TopK(Router):
         check_top_k(top_k, num_experts)
         check_capacity_factor("router capacity_factor", capacity_factor)
         check_capacity_factor("router eval_capacity_factor", eval_capacity_factor)
-        if priority not in ("token", "choice"):
-            raise ConfigError(f"router priority={priority!r} is unknown: expected token or choice")
+        check_priority(priority)
         check_renormalize(renormalize, top_k, num_experts)
         self.top_k = top_k
         self.renormalize = renormalize
@@ -76,8 +77,9 @@ class TopK(Router):
         if not 0 <= jitter < 1:
             raise ConfigError(f"router jitter={jitter}: expected a value in [0, 1), the published one is 0.01")
         self.jitter = jitter
-        self.causal_in_train = capacity_factor is None or priority == "token"
-        self.causal_in_eval = eval_capacity_factor is None or priority == "token"
+        in_order = priority == "token" or (priority == "choice" and top_k == 1)
+        self.causal_in_train = capacity_factor is None or in_order
+        self.causal_in_eval = eval_capacity_factor is None or in_order
         self.gate = LinearGate(d_model, num_experts, init) if gate is None else gate
 
     def reset_parameters(self) -> None:

@@ -1,6 +1,9 @@
 """Time the routers themselves: the balanced assignment against SciPy, and each router's share of its layer.
 
-    python benchmarks/routing.py [--quick] [--output routing.md]
+    python benchmarks/routing.py [--shape vision] [--quick] [--output routing.md]
+
+The vision shape has the six routers of images (arXiv 2401.15969), with the same rows of experts for each, and
+soft-moe-pytorch, if it is installed, as a peer of the Soft MoE layer.
 
 Contenders take turns within a round, in random order; a figure is the median over the rounds.
 
@@ -13,7 +16,9 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +32,39 @@ from torch import Tensor
 from evomoe.callbacks.summary import markdown
 from evomoe.cli import instantiate
 from evomoe.moe import MoELayer
-from evomoe.routing import RoutingInput, ScheduleValues, SparseRouting
+from evomoe.routing import Routing, RoutingInput, ScheduleValues, SoftRouting
 from evomoe.routing.assignment import balanced_assignment
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 VOCABULARY = 4096
-SEQUENCE = 256
+VISION = ("softmax_tc", "sinkhorn_tc", "softmax_ec", "sinkhorn_ec", "sparse_ot_ec", "soft")
+PEER = "soft-moe-pytorch"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is routed.
+
+    Args:
+        batch: sequences or images.
+        sequence: tokens of each.
+        d_model: width D.
+        d_expert: hidden width H.
+        num_experts: number of experts E.
+    """
+
+    batch: int
+    sequence: int
+    d_model: int
+    d_expert: int
+    num_experts: int
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.sequence} tokens, D={self.d_model}, H={self.d_expert}, E={self.num_experts}"
+
+
+SHAPES = {"language": Shape(8, 256, 256, 1024, 8), "vision": Shape(64, 196, 384, 1536, 32)}
+QUICK = {"language": Shape(2, 256, 32, 64, 8), "vision": Shape(4, 196, 384, 1536, 32)}
 
 
 def take_turns(contenders: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -83,42 +115,47 @@ def compare_solvers(tokens: int, rounds: int) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def routers(d_model: int, num_experts: int) -> dict[str, Any]:
-    """The gate of every file in configs/router, in the state that it has late in training."""
+def routers(names: Sequence[str], shape: Shape) -> dict[str, Any]:
+    """The gates of these files in configs/router, in the state that they have late in training."""
     found = {}
-    for path in sorted((CONFIGS / "router").glob("*.yaml")):
-        overrides = [f"router={path.stem}", f"model.vocab_size={VOCABULARY}", f"model.num_experts={num_experts}"]
+    for name in names:
+        overrides = [f"router={name}", f"model.vocab_size={VOCABULARY}", f"model.num_experts={shape.num_experts}"]
+        if name == "soft":
+            overrides.append(f"router.gate.slots={round(shape.sequence / shape.num_experts)}")
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             config = hydra.compose("train", overrides=overrides)
         if config.router.gate is None:
             continue
         torch.manual_seed(0)
         router = instantiate(config.router.gate)
-        if router(d_model, num_experts).scheduled:
-            for name, values in (("sparsify", ScheduleValues(0.5, 0.5)), ("hardened", ScheduleValues(0.05, 0.0, True))):
-                found[f"{path.stem}, {name}"] = (router, values)
+        if router(shape.d_model, shape.num_experts).scheduled:
+            for phase, values in (
+                ("sparsify", ScheduleValues(0.5, 0.5)),
+                ("hardened", ScheduleValues(0.05, 0.0, True)),
+            ):
+                found[f"{name}, {phase}"] = (router, values)
         else:
-            found[path.stem] = (router, ScheduleValues())
+            found[name] = (router, ScheduleValues())
     return found
 
 
-def compare_routers(tokens: int, d_model: int, d_expert: int, num_experts: int, rounds: int) -> str:
+def compare_routers(names: Sequence[str], shape: Shape, rounds: int) -> str:
     """Forward and backward of each router alone, and of the layer around it."""
-    hidden = torch.randn(tokens // SEQUENCE, SEQUENCE, d_model)
+    hidden = torch.randn(shape.batch, shape.sequence, shape.d_model)
     token_ids = torch.randint(VOCABULARY, hidden.shape[:2])
     previous_ids = torch.nn.functional.pad(token_ids[:, :-1], (1, 0), value=-1)
     contenders: dict[str, Callable[[], Any]] = {}
     active = {}
-    for name, (factory, values) in routers(d_model, num_experts).items():
-        layer = MoELayer(d_model, d_expert, num_experts, factory)
+    for name, (factory, values) in routers(names, shape).items():
+        layer = MoELayer(shape.d_model, shape.d_expert, shape.num_experts, factory)
         layer.router.set_schedule(values)
 
         def run_router(layer: MoELayer = layer) -> None:
             flat = hidden.flatten(0, 1).requires_grad_()
             inputs = RoutingInput(
                 hidden=flat,
-                batch=hidden.shape[0],
-                sequence=SEQUENCE,
+                batch=shape.batch,
+                sequence=shape.sequence,
                 token_ids=token_ids.flatten(),
                 previous_ids=previous_ids.flatten(),
             )
@@ -132,6 +169,9 @@ def compare_routers(tokens: int, d_model: int, d_expert: int, num_experts: int, 
         with torch.no_grad():
             routing = layer(hidden, token_ids=token_ids, previous_ids=previous_ids)[1]
         active[name] = float(routing.active_experts)
+    if "soft" in names and find_spec("soft_moe_pytorch"):
+        peer = soft_moe_peer(shape)
+        contenders[PEER] = lambda: peer(hidden.clone().requires_grad_()).sum().backward()
     took = take_turns(contenders, rounds)
     rows = [
         [
@@ -143,19 +183,28 @@ def compare_routers(tokens: int, d_model: int, d_expert: int, num_experts: int, 
         ]
         for name, number in active.items()
     ]
-    header = [
-        f"T={tokens}, D={d_model}, H={d_expert}, E={num_experts}",
-        "active experts",
-        "router ms",
-        "layer ms",
-        "share",
-    ]
+    if PEER in took:
+        rows.append([PEER, f"{active['soft']:.2f}", "", f"{took[PEER]:.1f}", ""])
+    header = [str(shape), "active experts", "router ms", "layer ms", "share"]
     return f"### Routers, forward and backward, at initialisation\n\n{markdown(header, rows)}"
 
 
-def finish(routing: SparseRouting, total: Tensor) -> None:
+def soft_moe_peer(shape: Shape) -> torch.nn.Module:
+    """Soft MoE of another package, with as many slots and as wide experts."""
+    from soft_moe_pytorch import SoftMoE
+
+    return SoftMoE(
+        shape.d_model,
+        num_experts=shape.num_experts,
+        num_slots=round(shape.sequence / shape.num_experts),
+        expert_mult=shape.d_expert // shape.d_model,
+    )
+
+
+def finish(routing: Routing, total: Tensor) -> None:
     """The backward pass of a routing's weights and losses, and of ``total``."""
-    total = total + routing.weight.sum() + sum(routing.losses.values(), torch.zeros(()))
+    weights = [routing.dispatch, routing.combine] if isinstance(routing, SoftRouting) else [routing.weight]
+    total = total + sum(weight.sum() for weight in weights) + sum(routing.losses.values(), torch.zeros(()))
     if total.requires_grad:
         total.backward()
 
@@ -163,17 +212,23 @@ def finish(routing: SparseRouting, total: Tensor) -> None:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes and two rounds: does it run?")
+    parser.add_argument("--shape", choices=SHAPES, default="language")
+    parser.add_argument("--quick", action="store_true", help="small sizes and two rounds: does it run?")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, help="also write the Markdown here")
     args = parser.parse_args()
     torch.manual_seed(0)
     random.seed(0)
     rounds = 2 if args.quick else args.rounds
-    sections = [
-        compare_solvers(256 if args.quick else 4096, rounds),
-        compare_routers(2 * SEQUENCE, 32, 64, 8, rounds) if args.quick else compare_routers(2048, 256, 1024, 8, rounds),
-    ]
+    shape = (QUICK if args.quick else SHAPES)[args.shape]
+    sections = []
+    if args.shape == "vision":
+        names: Sequence[str] = VISION
+    else:
+        files = sorted(path.stem for path in (CONFIGS / "router").glob("*.yaml"))
+        names = [name for name in files if name not in VISION]
+        sections.append(compare_solvers(256 if args.quick else 4096, rounds))
+    sections.append(compare_routers(names, shape, rounds))
     text = "\n".join(["## Routing\n", facts("cpu", f"fp32, {rounds} rounds"), *sections])
     print(text)
     if args.output:

@@ -11,11 +11,34 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from evomoe.errors import ConfigError
 from evomoe.models.vit import ViT, to_patches
-from evomoe.routing import DTSGate, ExpertChoice, HashLayer, StableMoE, Switch, TopK
+from evomoe.routing import (
+    DTSGate,
+    ExpertChoice,
+    HashLayer,
+    SinkhornExpertChoice,
+    SinkhornTokenChoice,
+    SoftmaxTokenChoice,
+    SoftMoE,
+    SparsityConstrainedExpertChoice,
+    StableMoE,
+    Switch,
+    TopK,
+)
 
 SIZE, P, C, CLASSES, D, L, HEADS = 12, 4, 3, 5, 16, 4, 2
 
-ROUTERS = [None, Switch, DTSGate, partial(TopK, top_k=2), partial(ExpertChoice, pool="sequence")]
+ROUTERS = [
+    None,
+    Switch,
+    DTSGate,
+    partial(TopK, top_k=2),
+    SoftmaxTokenChoice,
+    SinkhornTokenChoice,
+    partial(ExpertChoice, pool="sequence", capacity_factor=1.0),
+    SinkhornExpertChoice,
+    SparsityConstrainedExpertChoice,
+    partial(SoftMoE, slots=2),
+]
 
 
 def build(router=None, **options) -> ViT:
@@ -132,9 +155,7 @@ def test_where_the_experts_are(moe_every, moe_last, names):
 
 @torch.no_grad()
 @pytest.mark.parametrize("pool", ["gap", "cls"])
-@pytest.mark.parametrize(
-    "router", [None, Switch, DTSGate, partial(TopK, top_k=2), partial(ExpertChoice, pool="sequence")]
-)
+@pytest.mark.parametrize("router", ROUTERS)
 def test_an_image_of_padding_changes_nothing(router, pool):
     model, images = build(router, pool=pool), pictures()
     valid = torch.tensor([True, False, True])
@@ -171,6 +192,16 @@ def test_flops_are_those_that_are_counted(pool, router, options, active):
     with sdpa_kernel(SDPBackend.MATH), flop_counter() as counter:
         _, routings = model(pictures(7))
     assert [routing.rows / (7 * model.num_tokens) for routing in routings] == active
+    assert counter.get_total_flops() == pytest.approx(7 * model.flops_per_image(active), rel=0.01)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("router", ROUTERS[-6:])
+def test_flops_of_the_routers_of_vision_are_those_that_are_counted(router):
+    model = build(router)
+    with sdpa_kernel(SDPBackend.MATH), flop_counter() as counter:
+        _, routings = model(pictures(7))
+    active = [routing.rows / (7 * model.num_tokens) for routing in routings]
     assert counter.get_total_flops() == pytest.approx(7 * model.flops_per_image(active), rel=0.01)
 
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import functools
 import math
 
+import numpy as np
+import ot
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +14,13 @@ from torch import Tensor
 from evomoe.errors import ConfigError
 from evomoe.models.generation import generate, trace_experts
 from evomoe.models.gpt import GPT
-from evomoe.routing import ExpertChoice, RoutingInput, SparseRouting
+from evomoe.routing import (
+    ExpertChoice,
+    RoutingInput,
+    SinkhornExpertChoice,
+    SparseRouting,
+    SparsityConstrainedExpertChoice,
+)
 
 
 def route(
@@ -118,6 +126,97 @@ def test_only_the_pool_of_a_position_is_causal():
         assert router.causal_in_train is router.causal_in_eval is (pool == "position")
 
 
+# The three of vision
+
+
+def test_places_are_rounded_as_told():
+    for options, places in (
+        ({}, 4),  # 10 * 1.0 / 3 = 3.33
+        ({"capacity_rounding": "round"}, 3),
+        ({"capacity_rounding": "round", "capacity_multiple": 4}, 4),
+        ({"capacity_multiple": 3}, 6),
+        ({"capacity_multiple": 16}, 10),  # no more than there are tokens
+    ):
+        _, routing = route(draw(10, 3), capacity_factor=1.0, **options)
+        assert routing.tokens_per_expert.tolist() == [places] * 3
+
+
+def test_noise_in_training_alone_and_of_its_deviation():
+    logits = torch.zeros(4000, 4)
+    router, routing = route(logits, noise=2.0, capacity_factor=4.0)
+    torch.manual_seed(0)
+    inputs = RoutingInput(hidden=torch.eye(4000), batch=1, sequence=4000)
+    scores = router(inputs).scores
+    assert not torch.equal(scores, routing.scores)
+    of_noise = scores.log() - scores.log().mean(dim=1, keepdim=True)  # the softmax forgets each row's mean
+    assert of_noise.std(correction=0).item() == pytest.approx(2 / 4 * (3 / 4) ** 0.5, rel=0.03)
+    assert torch.equal(router.eval()(inputs).scores, logits.softmax(dim=1))
+
+
+ONE_FAVOURITE = torch.tensor([[3.0, 2.0], [2.9, 1.5], [1.0, -3.0], [0.5, -3.0]])
+"""Both experts score tokens 0 and 1 highest."""
+
+
+@pytest.mark.parametrize("router", [SinkhornExpertChoice, SparsityConstrainedExpertChoice])
+def test_a_plan_covers_tokens_that_no_expert_likes_best(router):
+    options = {"pool": "batch", "capacity_factor": 1.0}
+    logits = 3 * draw(64, 8, seed=1) + 2 * draw(64, 1, seed=2)
+    _, plain = route(logits, **options)
+    planned = route_by(router, logits, **options)
+    assert planned.tokens_per_expert.tolist() == plain.tokens_per_expert.tolist() == [8] * 8
+    assert planned.metrics["uncovered"] < plain.metrics["uncovered"]
+
+
+def route_by(router: type[ExpertChoice], logits: Tensor, *, batch: int = 1, **options: object) -> SparseRouting:
+    tokens, experts = logits.shape
+    built = router(tokens, experts, **options).eval()
+    with torch.no_grad():
+        built.gate.weight.copy_(logits.t())
+    return built(RoutingInput(hidden=torch.eye(tokens), batch=batch, sequence=tokens // batch))
+
+
+def test_plans_choose_by_the_pair_and_not_by_the_token():
+    _, plain = route(ONE_FAVOURITE, capacity_factor=1.0)
+    assert plain.token.tolist() == [2, 3, 0, 1]  # the softmax over the experts compares them for each token
+    assert route_by(SinkhornExpertChoice, ONE_FAVOURITE, pool="batch").token.tolist() == [2, 3, 0, 1]
+    assert route_by(SparsityConstrainedExpertChoice, ONE_FAVOURITE, pool="batch").token.tolist() == [2, 3, 0, 1]
+
+
+def test_sinkhorn_chooses_the_best_of_each_column_of_pots_plan():
+    logits = draw(24, 4, seed=3)
+    for combine in ("softmax", "plan"):
+        options = {"combine": combine, "pool": "sequence", "iterations": 500, "tolerance": 0.0}
+        dense = route_by(SinkhornExpertChoice, logits, batch=2, **options).to_dense()
+        for pool, found in zip(logits.split(12), dense.split(12), strict=True):
+            plan = ot.sinkhorn(np.ones(12), np.full(4, 3.0), -pool.double().numpy(), reg=1.0, stopThr=1e-12)
+            plan = torch.from_numpy(plan).float()
+            expected = torch.zeros(12, 4).scatter(0, plan.topk(3, dim=0).indices, 1.0)
+            weights = plan if combine == "plan" else pool.softmax(dim=1)
+            torch.testing.assert_close(found, expected * weights, atol=1e-5, rtol=1e-4)
+
+
+def test_sparse_transport_chooses_the_tokens_of_its_plan():
+    logits = draw(24, 4, seed=3)
+    router = SparsityConstrainedExpertChoice(24, 4, combine="plan", pool="batch").eval()
+    with torch.no_grad():
+        router.gate.weight.copy_(logits.t())
+    routing = router(RoutingInput(hidden=torch.eye(24), batch=1, sequence=24))
+    benefit, valid, places = logits.softmax(dim=1).t()[None], torch.ones(1, 24, dtype=torch.bool), torch.tensor([[6]])
+    plan = router.transport.plan(benefit, router.transport.potentials(benefit, valid, places), valid, places)
+    torch.testing.assert_close(routing.to_dense(), plan[0].t())
+    torch.testing.assert_close(routing.to_dense().sum(dim=0), torch.full((4,), 6.0))
+    assert routing.tokens_per_expert.tolist() == [6] * 4
+
+
+@pytest.mark.parametrize("router", [SinkhornExpertChoice, SparsityConstrainedExpertChoice])
+def test_weights_of_the_plan_teach_the_gate(router):
+    built = router(8, 4, combine="plan", pool="batch").eval()
+    hidden = draw(20, 8)
+    routing = built(RoutingInput(hidden=hidden, batch=1, sequence=20))
+    (routing.weight * draw(routing.weight.numel(), seed=4)).sum().backward()
+    assert built.gate.weight.grad.abs().max() > 1e-3
+
+
 # In a language model
 
 
@@ -163,6 +262,12 @@ def test_texts_of_a_batch_share_the_experts_of_each_position(model: GPT):
             "router capacity_factor=inf: expected a finite factor above 0, the mean number of experts per token; the "
             "published one is 2",
         ),
+        ({"capacity_rounding": "floor"}, "router capacity_rounding='floor' is unknown: expected ceil or round"),
+        (
+            {"capacity_multiple": 0},
+            "router capacity_multiple=0: expected 1 or more; V-MoE rounds up to multiples of 4",
+        ),
+        ({"noise": -1.0}, "router noise=-1.0: expected 0 for none, or a finite value above it; V-MoE's is 1"),
         ({"pool": "token"}, "router pool='token' is unknown: expected one of sequence, batch, position"),
     ],
 )

@@ -1,28 +1,34 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evomoe.errors import ConfigError
+from evomoe.routing import RoutingInput
 from evomoe.routing.selection import (
     assign_choices,
     assign_mask,
+    assign_within_capacity,
     capacity_per_expert,
     check_capacity_factor,
     within_capacity,
 )
 
 
-def served_one_by_one(expert: list[list[int]], capacity: int, valid: list[bool], priority: str) -> list[list[bool]]:
+def served_one_by_one(
+    expert: list[list[int]], capacity: int, valid: list[bool], priority: str, order: list[int] | None = None
+) -> list[list[bool]]:
     """Tokens ask in turn for a free place: the definition."""
     tokens, top_k = len(expert), len(expert[0])
     served = [[False] * top_k for _ in range(tokens)]
     taken: dict[int, int] = {}
     turns = [(t, k) for t in range(tokens) for k in range(top_k)]
-    if priority == "choice":
-        turns = [(t, k) for k in range(top_k) for t in range(tokens)]
+    if priority != "token":
+        turns = [(t, k) for k in range(top_k) for t in (order or range(tokens))]
     for t, k in turns:
         if valid[t] and taken.get(expert[t][k], 0) < capacity:
             taken[expert[t][k]] = taken.get(expert[t][k], 0) + 1
@@ -46,6 +52,60 @@ def test_capacity_serves_as_a_queue_does(choices, capacity, priority, data):
     valid = data.draw(st.lists(st.booleans(), min_size=len(expert), max_size=len(expert)))
     served = within_capacity(torch.tensor(expert), capacity, torch.tensor(valid), priority)
     assert served.tolist() == served_one_by_one(expert, capacity, valid, priority)
+
+
+@settings(deadline=None)
+@given(choices=choices(), capacity=st.integers(1, 4), data=st.data())
+def test_batch_priority_serves_large_weights_first(choices, capacity, data):
+    expert, _ = choices
+    flags = st.lists(st.booleans(), min_size=len(expert), max_size=len(expert))
+    valid, number = data.draw(flags), st.sampled_from([0.1, 0.2, 0.5, 0.9])
+    weight = data.draw(st.lists(number, min_size=len(expert), max_size=len(expert)))
+    weights = torch.tensor(weight)[:, None] * torch.tensor([1.0, 0.5, 0.4, 0.3, 0.2])[: len(expert[0])]
+    order = sorted(range(len(expert)), key=lambda token: -weight[token])
+    served = within_capacity(torch.tensor(expert), capacity, torch.tensor(valid), "best", weights)
+    assert served.tolist() == served_one_by_one(expert, capacity, valid, "best", order)
+
+
+@settings(deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    sequence=st.integers(1, 4),
+    pool=st.sampled_from(["batch", "sequence", "position"]),
+    priority=st.sampled_from(["token", "choice", "best"]),
+    multiple=st.integers(1, 2),
+    seed=st.integers(0, 1000),
+)
+def test_each_pool_has_places_of_its_own(batch, sequence, pool, priority, multiple, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens, experts, factor = batch * sequence, 3, 0.7
+    weight, expert = torch.rand(tokens, experts, generator=generator).topk(2, dim=1)
+    valid = torch.rand(tokens, generator=generator) < 0.7
+    inputs = RoutingInput(hidden=torch.zeros(tokens, 1), batch=batch, sequence=sequence, valid=valid)
+    (token, kept, counts), load = assign_within_capacity(
+        inputs, expert, weight, experts, factor, priority, pool, multiple
+    )
+    assert torch.equal(load, torch.bincount(expert[valid].flatten(), minlength=experts))
+
+    numbers = torch.arange(tokens)
+    key = {"batch": numbers * 0, "sequence": numbers // sequence, "position": numbers % sequence}[pool]
+    expected = torch.zeros(tokens, experts)
+    for members in (numbers[key == number] for number in key.unique()):
+        real = valid[members].sum()
+        capacity = -(-max(math.ceil(float(real) * 2 * factor / experts - 1e-9), 1) // multiple) * multiple
+        served = within_capacity(expert[members], capacity, valid[members], priority, weight[members])
+        expected[members] = expected[members].scatter(1, expert[members], weight[members] * served)
+    found = torch.zeros(tokens, experts)
+    found[token, torch.arange(experts).repeat_interleave(counts)] = kept
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("rounding", "multiple", "places"),
+    [("ceil", 1, 4), ("round", 1, 3), ("ceil", 4, 4), ("round", 4, 4), ("ceil", 3, 6)],
+)
+def test_rounding_of_the_capacity(rounding, multiple, places):
+    assert capacity_per_expert(torch.tensor(10), 3, 1, 1.0, rounding, multiple).item() == places
 
 
 @settings(deadline=None)

@@ -140,7 +140,7 @@ class SinkhornExpertChoice(ExpertChoice):
         num_experts: number of experts E.
         epsilon: weight of the plan's entropy.
         iterations: of Sinkhorn at most.
-        tolerance: at which a pool is done earlier, see :func:`~evomoe.routing.transport.sinkhorn_plan`; 0 for never.
+        tolerance: at which a pool is done earlier, see :class:`~evomoe.routing.transport.Sinkhorn`; 0 for never.
         combine: the weights: ``softmax`` of the logits, as in the released code, or the ``plan``.
         capacity_factor: mean number of experts per token.
         capacity_rounding: of C, ``ceil`` or ``round``.

@@ -1,0 +1,53 @@
+"""A moving average of the weights, which evaluations and checkpoints take in place of the last ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import WeightAveraging
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from evomoe.callbacks.evolution import moe_layers
+from evomoe.errors import ConfigError
+
+
+class WeightAverage(WeightAveraging):
+    """Lightning's average of the weights, exponential, and aware of experts that are born.
+
+    After each optimizer step ``average = decay * average + (1 - decay) * weights``, beginning with the weights after
+    the first one. It begins anew where experts are born: before, they were never trained. Running states of the routers
+    are not averaged, but copied.
+
+    Validation and test measure the average. A checkpoint holds it as ``state_dict``, so that whatever restores one uses
+    it, and the last weights beside it as ``current_model_state``, from which a resumed run goes on bit for bit.
+
+    Args:
+        decay: share of the average that a step keeps; it reaches back over about ``1 / (1 - decay)`` steps.
+
+    Raises:
+        ConfigError: the decay is no share.
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise ConfigError(f"callbacks.average.decay={decay}: expected a share in [0, 1), such as 0.999")
+        super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Follow the model to its device, to which it moved after the average was made."""
+        assert self._average_model is not None
+        self._average_model.to(pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the step into the average."""
+        assert self._average_model is not None
+        for (_, averaged), (_, layer) in zip(
+            moe_layers(self._average_model.module), moe_layers(pl_module), strict=True
+        ):
+            if averaged.live_experts != layer.live_experts:
+                averaged.live_experts = layer.live_experts
+                self._average_model.n_averaged.zero_()  # so that the next update copies
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

@@ -1,0 +1,125 @@
+"""The moving average of the weights, in runs that evolve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.keep_states import KeepStates
+from helpers.programs import HARD, KeepLosses, equal, load, timeless
+from torch import Tensor
+
+from evomoe import run
+from evomoe.callbacks import WeightAverage
+from evomoe.callbacks.evolution import moe_layers
+from evomoe.checkpointing import list_checkpoints
+from evomoe.errors import ConfigError
+
+DECAY = 0.8
+SPAWN = 5
+AVERAGED = [
+    "+callbacks.average._target_=evomoe.callbacks.WeightAverage",
+    f"+callbacks.average.decay={DECAY}",
+    "+callbacks.losses._target_=helpers.programs.KeepLosses",
+    "+callbacks.seen._target_=helpers.keep_states.KeepStates",
+    f"evolution.diversify={SPAWN}",
+    "evolution.harden=12",
+    "evolution.temperature.length=6",
+    "evolution.noise.length=8",
+]
+SAVES = [
+    "callbacks=minimal",
+    "logger=none",
+    "callbacks.checkpoint.every_n_steps=1",
+    "+callbacks.checkpoint.keep_last=99",
+    "trainer.val_check_interval=6",
+    *HARD,
+]
+
+
+@pytest.fixture(scope="module")
+def averaged(train, tmp_path_factory) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("averaged")
+    values, objects = train(folder, *SAVES, *AVERAGED, experiment="vit_dts")
+    (kept,) = (callback for callback in objects.callbacks if isinstance(callback, KeepStates))
+    (losses,) = (callback.seen for callback in objects.callbacks if isinstance(callback, KeepLosses))
+    return SimpleNamespace(folder=folder, values=values, kept=kept, losses=losses, **vars(objects))
+
+
+def averages(states: list[dict[str, Tensor]], names: list[str]) -> list[dict[str, Tensor]]:
+    """By the definition, beginning anew with the step that follows the spawn."""
+    found: list[dict[str, Tensor]] = []
+    for step, state in enumerate(states):
+        fresh = step in (0, SPAWN)
+        found.append(
+            {
+                name: state[name] if fresh or name not in names else DECAY * found[-1][name] + (1 - DECAY) * state[name]
+                for name in state
+            }
+        )
+    return found
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_validations_the_test_and_checkpoints_hold_the_average(averaged):
+    names = [name for name, _ in averaged.task.named_parameters()]
+    expected = averages(averaged.kept.trained, names)
+    assert len(expected) == 20
+    assert {3, 6, 9, 12, 15, 18} < set(averaged.kept.validated)
+    for step, state in averaged.kept.validated.items():
+        assert_close(state, expected[step - 1])
+    for step, path in list_checkpoints(averaged.folder).items():
+        checkpoint = torch.load(path, weights_only=True)
+        assert_close(checkpoint["state_dict"], expected[step - 1])
+        assert equal(checkpoint["current_model_state"], averaged.kept.trained[step - 1])
+    assert_close(averaged.kept.tested, expected[-1])
+    assert_close(run.restore(str(averaged.folder)).task.state_dict(), expected[-1])
+
+
+def test_training_does_not_see_the_average(train, averaged, tmp_path):
+    without = [text for text in AVERAGED if "average." not in text]
+    _, objects = train(tmp_path, *SAVES, *without, "test=false", experiment="vit_dts")
+    (kept,) = (callback for callback in objects.callbacks if isinstance(callback, KeepStates))
+    assert all(map(equal, kept.trained, averaged.kept.trained))
+
+
+@pytest.mark.parametrize("step", [4, 5, 6, 13], ids=["diversify", "spawn", "sparsify", "hardened"])
+def test_a_resumed_run_ends_as_if_it_had_not_stopped(train, averaged, tmp_path, step):
+    start = list_checkpoints(averaged.folder)[step]
+    values, objects = train(tmp_path, *SAVES, *AVERAGED, f"ckpt_path={start}", experiment="vit_dts")
+    (losses,) = (callback.seen for callback in objects.callbacks if isinstance(callback, KeepLosses))
+    assert losses == averaged.losses[2 * step :]
+    assert values == averaged.values
+    assert equal(timeless(load(tmp_path)), timeless(load(averaged.folder)))
+
+
+def test_it_begins_with_all_experts_where_none_is_to_be_born(train, tmp_path: Path):
+    options = [*AVERAGED[:2], "callbacks=minimal", "logger=none", "test=false", "trainer.max_steps=4"]
+    _, objects = train(tmp_path, *options, experiment="vit_soft")
+    assert all(layer.live_experts == layer.num_experts for _, layer in moe_layers(objects.task))
+    assert int(load(tmp_path)["averaging_state"]["n_averaged"]) == 4
+
+
+def test_running_states_of_routers_are_copied(train, tmp_path):
+    options = [*AVERAGED[:2], "router=loss_free", "callbacks=minimal", "logger=none", "test=false"]
+    _, objects = train(tmp_path, *options, experiment="vit_switch")
+    checkpoint = load(tmp_path)
+    average, weights = checkpoint["state_dict"], checkpoint["current_model_state"]
+    states = [name for name, _ in objects.task.named_buffers() if name in average]
+    assert any(name.endswith("router.bias") for name in states)
+    assert all(torch.equal(average[name], weights[name]) for name in states)
+    assert not any(torch.equal(average[name], weights[name]) for name, _ in objects.task.named_parameters())
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_a_decay_that_is_no_share_is_refused(decay):
+    with pytest.raises(ConfigError) as error:
+        WeightAverage(decay)
+    assert str(error.value) == f"callbacks.average.decay={decay}: expected a share in [0, 1), such as 0.999"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,9 @@ def comparison(folder: Path, seeds: tuple[int, ...] = (1, 2), columns: tuple[str
 def result(folder: Path, label: str, seed: int, gain: float, price: float, **end: object) -> Result:
     rows = [{**row(step, seed, gain, 1e10 * price), **end} for step in (1, 2, 3, 4)]
     run = Run(label, seed, folder / label / f"seed_{seed}", ("experiment=gpt_switch", f"seed={seed}"))
-    return Result(run, rows, {"test/loss_sparse": rows[-1]["val_loss_sparse"] - 4}, label != "evolved", FACTS)
+    loss = rows[-1]["val_loss_sparse"] - 4
+    test = {"test/loss_sparse": loss, "test/perplexity_sparse": math.exp(loss)}
+    return Result(run, rows, test, label != "evolved", FACTS)
 
 
 def results(folder: Path) -> dict[str, dict[int, Result]]:
@@ -107,6 +110,8 @@ def test_words_of_a_spread():
     assert words(Spread(-1.25, 0.5), "+.1f") == "-1.2 ± 0.5"
     assert words(Spread(19.314, 0.0123), ".4g") == "19.31 ± 0.01"
     assert words(Spread(200.0, 0.0), ".0f") == "200"
+    assert words(Spread(-1e-9, None), ".2f") == "0.00"
+    assert words(Spread(-1e-9, 0.5), "+.2f") == "+0.00 ± 0.50"
     assert words(None, ".2f") == "-"
 
 
@@ -177,3 +182,13 @@ def test_metrics_of_routers_and_of_the_test_are_columns_on_request(tmp_path):
     for name, value in (("off_node", "0.250"), ("test/bleu", "31.500")):
         column = lines[0].index(name)
         assert [line[column] for line in lines[2:5]] == [value, "-", "-"]
+
+
+def test_a_method_without_perplexity_has_no_column_of_it(tmp_path):
+    found = results(tmp_path)
+    for of_method in found.values():
+        for one in of_method.values():
+            del one.test["test/perplexity_sparse"]
+    text = write_table(comparison(tmp_path), {"steps": found}, "python compare.py")
+    assert "test loss" in text
+    assert "perplexity" not in text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -53,9 +52,13 @@ def write_table(comparison: Comparison, by_budget: Mapping[str, Results], comman
 def quality_table(comparison: Comparison, results: Results) -> str:
     """Loss and cost of each method at the end of its runs."""
     seconds = comparison.cost("seconds")
+    perplexity = partial(Result.metric, name="test/perplexity_sparse")
+    has_perplexity = any(
+        perplexity(result) is not None for of_method in results.values() for result in of_method.values()
+    )
     columns: list[tuple[str, str, Callable[[Result], float | None]]] = [
         ("test loss", ".4f", lambda result: result.test_loss),
-        ("test perplexity", ".2f", lambda result: None if result.test_loss is None else math.exp(result.test_loss)),
+        *([("test perplexity", ".2f", perplexity)] if has_perplexity else []),
         ("steps", ".0f", lambda result: result.end["step"]),
         ("training TFLOPs", ".4g", lambda result: result.end["training_flops"] / 1e12),
         (f"{comparison.clock.replace('cpu', 'CPU')} s", ".1f", lambda result: result.end[seconds]),
@@ -196,6 +199,8 @@ def words(spread: Spread | None, form: str) -> str:
     if spread is None:
         return "-"
     mean = format(spread.mean, form)
+    if float(mean) == 0:
+        mean = mean.replace("-", "+" if "+" in form else "")  # rounded to nothing from below
     if not spread.deviation:
         return mean
     return f"{mean} ± {format(spread.deviation, '.1g' if form.endswith('g') else form.replace('+', ''))}"

@@ -110,8 +110,19 @@ class KeyValueCache:
         return self.keys[layer, :, :, :extent].to(keys.dtype), self.values[layer, :, :, :extent].to(values.dtype)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep only these rows of the batch, in this order."""
-        index = torch.tensor(rows, device=self.lengths.device)
-        self.keys, self.values = self.keys[:, index], self.values[:, index]
+        """Keep only these rows of the batch, in this order; at most as many as there are, each as often as it is named.
+
+        Rows that stay in their place, and the positions that nobody has written, are not copied.
+        """
+        device = self.lengths.device
+        moved = [place for place, row in enumerate(rows) if row != place]
+        if moved:
+            places = torch.tensor(moved, device=device)
+            sources = torch.tensor([rows[place] for place in moved], device=device)
+            for stored in (self.keys, self.values):
+                written = stored[:, :, :, : self.extent]
+                written.index_copy_(1, places, written.index_select(1, sources))
+        self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
+        index = torch.tensor(rows, device=device)
         self.lengths, self.last_ids = self.lengths[index], self.last_ids[index]
         self.extent = int(self.lengths.max())

@@ -59,7 +59,7 @@ def naive(model: Transformer, source: list[int], beam: int, penalty: float, limi
         finished = sorted(finished, key=lambda pair: -pair[0])[:beam]
         going = [(score, [*prefix, token]) for score, prefix, token in options if token != END][:beam]
         if length == limit:
-            finished += [(score / length ** penalty, prefix) for score, prefix in going]
+            finished += [(score / length**penalty, prefix) for score, prefix in going]
         elif len(finished) == beam and going[0][0] / length**penalty <= finished[-1][0]:
             break
     return sorted(finished, key=lambda pair: -pair[0])[:beam]

@@ -38,8 +38,8 @@ class Transformer(Network):
     """Encoder-decoder (arXiv 1706.03762) with learned positions and one embedding for source, target and output.
 
     The encoder sees its whole sequence and may use any router; in the decoder, one that looks at later tokens is
-    refused, and may be replaced by another. For the same seed, models that differ in router, experts or ``moe_every`` start from the same shared
-    weights, as GPT does.
+    refused, and may be replaced by another. For the same seed, models that differ in router, experts or ``moe_every``
+    start from the same shared weights, as GPT does.
 
     Args:
         vocab_size: number of token ids V, of both languages together.

@@ -43,6 +43,24 @@ def test_the_recipe_of_a_run_goes_from_the_general_to_the_particular():
     assert str(scaled) == "few seed 3 (trainer.max_steps=812)"
 
 
+@pytest.mark.parametrize("name", ["glue_sst2", "glue_rte"])
+def test_fine_tuning_begins_with_the_pretraining_run_of_its_own_method_and_seed(name):
+    given = "overrides=data.train=train.tsv trainer.max_steps=40"
+    pretraining = read("comparison=mlm_wikitext2", "seeds=[1,2]", "paths.log_dir=there")
+    fine_tuning = read(f"comparison={name}", "seeds=[1,2]", "paths.log_dir=there", given)
+    for before, after in zip(pretraining.methods, fine_tuning.methods, strict=True):
+        first, second = pretraining.run_of(before, 2), fine_tuning.run_of(after, 2)
+        config = compose(*second.overrides, run_dir=second.folder)
+        assert Path(config.init_from) == first.folder
+        assert config.router == compose(*first.overrides, run_dir=first.folder).router
+        assert config.trainer.max_steps == 40
+    assert fine_tuning.reference == "glue_switch"
+    assert (
+        "init_from=elsewhere/mlm_base/seed_${seed}"
+        in read(f"comparison={name}", "pretrained=elsewhere").methods[2].overrides
+    )
+
+
 def test_one_seed_and_one_budget_need_no_brackets():
     comparison = read(TWO, "seeds=7", "budget=flops")
     assert (comparison.seeds, comparison.budgets) == ((7,), ("flops",))

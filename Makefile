@@ -37,7 +37,7 @@ unit: .venv/installed-dev  ## The tests alone; ARGS="-k router" picks some
 
 smoke: .venv/installed  ## A few batches of every experiment, or of ONLY="gpt_dts mlm_dts"
 	@set -e; for name in $(ONLY); do \
-		case $$name in mlm_*) model=roberta_tiny ;; mt_*) model=transformer_tiny ;; vit_*) model=vit_tiny ;; *) model=gpt_tiny ;; esac; \
+		case $$name in mlm_* | glue_*) model=roberta_tiny ;; mt_*) model=transformer_tiny ;; vit_*) model=vit_tiny ;; *) model=gpt_tiny ;; esac; \
 		echo "== $$name"; \
 		$(BIN)/python train.py experiment=$$name debug=fast_dev_run model=$$model $(ARGS); \
 	done

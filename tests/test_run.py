@@ -288,6 +288,45 @@ def test_what_cannot_be_measured_is_refused_in_one_line(trained, overrides, mess
     assert "\n" not in str(caught.value)
 
 
+@pytest.fixture(scope="module")
+def classifier(train, tmp_path_factory) -> SimpleNamespace:
+    """A run on digits, with the callbacks of images."""
+    folder = tmp_path_factory.mktemp("images")
+    values, objects = train(folder, "trainer.limit_test_batches=1.0", "logger=none", experiment="vit_soft")
+    return SimpleNamespace(values=values, folder=folder, **vars(objects))
+
+
+def test_a_probe_of_a_checkpoint_is_that_of_the_run(classifier):
+    assert (classifier.folder / "pictures" / "block_1_step_00000020.png").exists()
+    config = compose("accelerator=cpu", f"ckpt_path={classifier.folder}", "probe=[1,10]", config="eval")
+    measured = run.evaluate(config)
+    assert {name for name in measured if "probe" in name} == {"test/probe_1shot", "test/probe_10shot"}
+    for name, value in measured.items():
+        assert value == pytest.approx(classifier.values[name], abs=1e-5), name
+    assert measured["test/probe_10shot"] > 0.3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["probe=[1]", "split=val"], "probe=[1] is for the test split of images: leave it out, or add split=test"),
+        (["probe=5"], "probe=5: expected images of each class, as in probe=[1,5,10]"),
+        (["probe=[a]"], "probe=['a']: expected images of each class, as in probe=[1,5,10]"),
+        (["probe=[]"], "probe shots=[]: expected images of each class, such as [1,5,10]"),
+        (["probe=[999]"], "probe shots=[999]: the class"),
+    ],
+)
+def test_a_probe_that_cannot_be_is_refused_in_one_line(classifier, overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        run.evaluate(compose("accelerator=cpu", f"ckpt_path={classifier.folder}", *overrides, config="eval"))
+    assert str(caught.value).startswith(message)
+
+
+def test_text_has_no_probe(trained):
+    with pytest.raises(ConfigError, match=r"probe=\[1\] is for the test split of images"):
+        evaluate(trained, "probe=[1]")
+
+
 def test_a_restored_model_is_the_trained_one_at_the_schedule_of_its_step(trained):
     restored = run.restore("last", str(trained.logs))
     assert restored.step == 20
@@ -423,3 +462,15 @@ def test_sentences_are_translated(train, tmp_path, capsys):
 def test_a_model_that_does_not_translate_refuses_a_source(trained):
     with pytest.raises(ConfigError, match="source is for a model that translates, which .* is not: give prompt"):
         write(trained, "source=a")
+
+
+def test_a_model_of_images_reads_no_text(classifier):
+    with pytest.raises(ConfigError, match="classifies images and reads no text: measure it with eval.py"):
+        writing.write(compose(f"ckpt_path={classifier.folder}", "prompt=a", config="generate"))
+
+
+def test_a_model_that_reads_one_text_refuses_a_second(trained):
+    with pytest.raises(
+        ConfigError, match="second is for a model that classifies pairs, which .* does not: leave it out"
+    ):
+        write(trained, "prompt=a", "second=b")

@@ -58,7 +58,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_stopped(train_hard, uninterrupted, 
     assert equal(states(tmp_path), states(uninterrupted.folder))
 
 
-@pytest.mark.parametrize("experiment", ["mlm_dts", "mt_dts"])
+@pytest.mark.parametrize("experiment", ["mlm_dts", "mt_dts", "glue_dts"])
 def test_other_tasks_resume_as_well(train_hard, tmp_path, experiment):
     whole = train_hard(tmp_path / "whole", experiment=experiment)
     checkpoint = list_checkpoints(whole.folder)[9]

@@ -31,7 +31,7 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from evomoe.errors import ConfigError, NonFiniteError
 
 MULTIRUN = {"-m", "--multirun"}
-TEXT_KEYS = ("prompt", "overrides")
+TEXT_KEYS = ("prompt", "second", "source", "overrides")
 """Overrides whose value is prose: taken as typed, even where Hydra's grammar makes a list or a number of it."""
 FILLED_BY_RUN = {"model.vocab_size", "model.num_classes", "model.channels", "model.image_size"}
 """Mandatory keys that a user does not give."""

@@ -2,48 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shlex
 import warnings
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import hydra
 import lightning as L
 import torch
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.utilities import rank_zero_info
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
-from evomoe.callbacks import Evolution, EvolutionProgress, RandomState, RunSummary, SafeCheckpoint, print_closing
+from evomoe.callbacks import EvolutionProgress, FewShotProbe, RandomState, RunSummary, SafeCheckpoint, print_closing
 from evomoe.callbacks.epoch_restart import EpochRestart
-from evomoe.checkpointing import VerifiedCheckpointIO, find_checkpoint, load_checkpoint, newest_checkpoint
+from evomoe.checkpointing import VerifiedCheckpointIO, load_checkpoint, newest_checkpoint
 from evomoe.cli import instantiate
 from evomoe.data import Tokenizer
 from evomoe.errors import ConfigError
-from evomoe.tasks import MoETask
-
-RESTORED = ("data", "model", "router", "task", "evolution")
-"""Groups of a checkpoint's configuration that are built again: a file must not choose what else is called."""
-
-
-FREE_ON_RESUME = (
-    "dropout",
-    "attention_dropout",
-    "checkpoint_activations",
-    "expert_backend",
-    "allow_future_leak",
-    "router",  # its options; its class is looked at
-    "vocab_size",  # the data say more about it
-)
-"""Keys of the model that may change in the middle of a run, or that are checked elsewhere."""
+from evomoe.restoring import FREE_KEYS, check_targets, evolution_of, find_pretrained, resolve_checkpoint
+from evomoe.tasks import ImageClassification, MoETask
 
 NOISE = ("GPU available", "TPU available", "\N{ELECTRIC LIGHT BULB} Tip", "`Trainer.fit` stopped", "`Trainer(limit_")
 """Beginnings of Lightning's messages that tell nothing about the run."""
@@ -63,8 +50,13 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
         config.paths.cache_dir = str(Path(config.paths.cache_dir).expanduser())
     _check_accelerator("trainer.accelerator", config.trainer.accelerator, "trainer=default")
     resume_from = _find_resume(config)
+    pretrained = find_pretrained(config, resume_from)
+    if pretrained is not None:
+        pretrained.configure(config, HydraConfig.get().overrides.task if HydraConfig.initialized() else ())
 
     data = instantiate(config.data)
+    if pretrained is not None:
+        data.adopt_tokenizer(pretrained.tokenizer)
     data.prepare_data()
     data.setup("fit")
     with open_dict(config):
@@ -73,6 +65,8 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
         _check_same_method(config, resume_from)
     L.seed_everything(config.seed, workers=True, verbose=False)  # building a corpus draws nothing that the model sees
     task = instantiate(config.task, model=instantiate(config.model))
+    if pretrained is not None:
+        pretrained.initialize(task)
     if config.compile:
         task.model.compile()
 
@@ -100,6 +94,8 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     )
     if resume_from is not None:
         rank_zero_info(f"Resuming from {resume_from}")
+    elif pretrained is not None:
+        rank_zero_info(pretrained.describe())
     trainer.fit(task, datamodule=data, ckpt_path=resume_from)
     metrics = dict(trainer.callback_metrics)
     if config.test and not trainer.interrupted:
@@ -147,7 +143,7 @@ def _find_resume(config: DictConfig) -> Path | None:
 def _check_same_method(config: DictConfig, path: Path) -> None:
     """Refuse to go on from the checkpoint of another router or another size of model."""
     there = OmegaConf.create(load_checkpoint(path)["evomoe"]["config"])
-    keys = [*(f"model.{key}" for key in config.model if key not in FREE_ON_RESUME), "router.gate._target_"]
+    keys = [*(f"model.{key}" for key in config.model if key not in FREE_KEYS), "router.gate._target_"]
     for key in keys:
         before, now = OmegaConf.select(there, key), OmegaConf.select(config, key)
         if before != now:
@@ -155,26 +151,6 @@ def _check_same_method(config: DictConfig, path: Path) -> None:
                 f"cannot resume from {path}: it was trained with {key}={before} and this run has {now}; restore it, or"
                 " start a new run with another run_name"
             )
-
-
-def resolve_checkpoint(given: str, logs: Path) -> Path:
-    """A checkpoint file, from what a user may write.
-
-    Args:
-        given: a file, a run's folder, or ``last`` or ``best`` for that of the run below ``logs`` which saved last.
-        logs: folder of runs.
-    """
-    if given in ("last", "best"):
-        runs = {path.parent.parent: path.stat().st_mtime for path in sorted(logs.glob("**/checkpoints/*.ckpt"))}
-        if not runs:
-            raise ConfigError(f"ckpt_path={given}: there is no checkpoint below {logs}; train first, or give a file")
-        return find_checkpoint(max(runs, key=runs.__getitem__), given)
-    path = Path(given).expanduser()
-    if path.is_dir():
-        return find_checkpoint(path, "last")
-    if not path.is_file():
-        raise ConfigError(f"ckpt_path={given}: there is no such file or folder; `last` means the newest one")
-    return path
 
 
 @dataclass
@@ -185,15 +161,24 @@ class Restored:
         path: the checkpoint.
         config: the configuration that it was trained with.
         task: with its weights, and its routers set to the checkpoint's step.
-        tokenizer: of its data.
         step: optimizer steps it was trained for.
     """
 
     path: Path
     config: DictConfig
     task: MoETask
-    tokenizer: Tokenizer
     step: int
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Of its data, if they are text."""
+        return Tokenizer.from_checkpoint({"data": self.data_state})
+
+    @cached_property
+    def data_state(self) -> Mapping[str, Any]:
+        """What its datamodule keeps: identity, tokenizer, names of the classes."""
+        datamodule = hydra.utils.get_class(self.config.data._target_)
+        return load_checkpoint(self.path)[datamodule.__qualname__]
 
 
 def restore(ckpt_path: str, log_dir: str = "logs", overrides: list[str] | None = None) -> Restored:
@@ -207,13 +192,13 @@ def restore(ckpt_path: str, log_dir: str = "logs", overrides: list[str] | None =
     path = resolve_checkpoint(ckpt_path, Path(log_dir))
     checkpoint = load_checkpoint(path)
     config = OmegaConf.create(checkpoint["evomoe"]["config"])
-    _check_targets(config, path)
+    check_targets(config, path)
     OmegaConf.set_struct(config, True)  # a key that the checkpoint lacks is a mistake
     try:
         config.merge_with_dotlist(overrides or [])
     except OmegaConfBaseException as error:
         raise ConfigError(f"overrides={overrides}: {' '.join(str(error).split())}") from None
-    _check_targets(config, path)
+    check_targets(config, path)
     task = instantiate(config.task, model=instantiate(config.model))
     try:
         task.load_state_dict(checkpoint["state_dict"])
@@ -221,36 +206,10 @@ def restore(ckpt_path: str, log_dir: str = "logs", overrides: list[str] | None =
         raise ConfigError(
             f"overrides={overrides} describe another model than the one in {path}: leave out model.* and router.gate.*"
         ) from error
-    if config.evolution is not None:
-        evolution: Evolution = instantiate(config.evolution)
-        evolution.load_state_dict(checkpoint["callbacks"][evolution.state_key])
+    evolution = evolution_of(checkpoint, config)
+    if evolution is not None:
         evolution.apply(task, checkpoint["global_step"])
-    return Restored(path, config, task.eval(), Tokenizer.from_checkpoint(checkpoint), checkpoint["global_step"])
-
-
-def _check_targets(config: DictConfig, path: Path) -> None:
-    """Refuse a configuration from a file that would call anything but classes of this package."""
-    package = __name__.partition(".")[0]
-    groups: Any = OmegaConf.to_container(config)
-    for target in _targets([groups.get(name) for name in RESTORED]):
-        found: Any = None
-        if str(target).startswith(f"{package}."):
-            with contextlib.suppress(Exception):  # no such thing, or no class
-                found = hydra.utils.get_class(target)
-        # Not by its name alone, as that may lead through a module of this package into another that it imports.
-        if found is None or not found.__module__.startswith(f"{package}."):
-            raise ConfigError(f"{path} names the target {target}, which is no class of {package}")
-
-
-def _targets(node: Any) -> Iterator[str]:
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield node["_target_"]
-        for value in node.values():
-            yield from _targets(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _targets(value)
+    return Restored(path, config, task.eval(), checkpoint["global_step"])
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:
@@ -260,14 +219,23 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     _check_accelerator("accelerator", config.accelerator, "accelerator=cpu")
     restored = restore(config.ckpt_path, config.log_dir, shlex.split(config.overrides))
     data = instantiate(restored.config.data)
+    if OmegaConf.select(restored.config, "init_from") is not None:
+        data.adopt_tokenizer(restored.tokenizer)
     data.prepare_data()
     data.setup()
     _hush()
+    callbacks: list[L.Callback] = [EvolutionProgress()]
+    if config.probe is not None:
+        if not isinstance(config.probe, ListConfig) or not all(type(shots) is int for shots in config.probe):
+            raise ConfigError(f"probe={config.probe}: expected images of each class, as in probe=[1,5,10]")
+        if not isinstance(restored.task, ImageClassification) or config.split != "test":
+            raise ConfigError(f"probe={config.probe} is for the test split of images: leave it out, or add split=test")
+        callbacks.append(FewShotProbe(config.probe))
     trainer = L.Trainer(
         accelerator=config.accelerator,
         devices=1,
         logger=False,
-        callbacks=[EvolutionProgress()],
+        callbacks=callbacks,
         enable_checkpointing=False,
         enable_model_summary=False,
         limit_val_batches=config.limit_batches,

@@ -1,4 +1,4 @@
-"""What generate.py does: continue texts, guess hidden words, translate."""
+"""What generate.py does: continue texts, guess hidden words, classify, translate."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from evomoe.data import Tokenizer
+from evomoe.data.labelled_batches import join
 from evomoe.data.text_files import lines
 from evomoe.errors import ConfigError
 from evomoe.models.beam_search import Hypothesis, beam_search
@@ -22,24 +23,31 @@ from evomoe.models.generation import Generation, generate
 from evomoe.models.gpt import GPT
 from evomoe.models.transformer import Transformer
 from evomoe.run import Restored, restore
-from evomoe.tasks import MaskedLanguageModeling, Translation
+from evomoe.tasks import ImageClassification, MaskedLanguageModeling, SequenceClassification, Translation
 
 MASK = "<mask>"
 """What stands for a hidden word in a prompt."""
 
 
 def write(config: DictConfig) -> list[str]:
-    """Continue prompts with a checkpoint's model, guess the words behind each ``<mask>`` of them, or translate.
+    """Continue prompts with a checkpoint's model, guess the words behind each ``<mask>``, classify, or translate.
 
     Returns:
-        The texts; those of a masked language model with its likeliest words, and the best translations.
+        The texts; those of a masked language model with its likeliest words, the best translations, and of a classifier
+        the likeliest classes, or the numbers.
     """
     restored = restore(config.ckpt_path, config.log_dir)
+    if isinstance(restored.task, ImageClassification):
+        raise ConfigError(f"{restored.path} classifies images and reads no text: measure it with eval.py")
     restored.task.to(torch.device(config.device))
     if isinstance(restored.task, Translation):
         return _translate(restored, config)
     if config.source is not None or config.source_file is not None:
         raise ConfigError(f"source is for a model that translates, which {restored.path} is not: give prompt")
+    if isinstance(restored.task, SequenceClassification):
+        return _classify(restored, config)
+    if config.second is not None:
+        raise ConfigError(f"second is for a model that classifies pairs, which {restored.path} does not: leave it out")
     if isinstance(restored.task, MaskedLanguageModeling):
         return _fill(restored, _texts("prompt", config.prompt, "The <mask> of"), config.candidates)
     return _continue(restored, config)
@@ -50,6 +58,46 @@ def _texts(key: str, given: Any, example: str) -> list[str]:
     if not texts or not all(isinstance(text, str) and text.strip(" ") for text in texts):
         raise ConfigError(f'{key} is empty: expected {key}="{example}" or {key}=["one","two"]')
     return texts
+
+
+def _classify(restored: Restored, config: DictConfig) -> list[str]:
+    """Print the likeliest classes of each sentence or pair, or its number; return the likeliest classes."""
+    firsts = _texts("prompt", config.prompt, "a sentence")
+    if config.candidates < 1:
+        raise ConfigError(f"candidates={config.candidates}: expected at least 1")
+    state, tokenizer, task = restored.data_state, restored.tokenizer, restored.task
+    seconds: list[str | None] = [None] * len(firsts)
+    if state["pairs"]:
+        seconds = list(_texts("second", config.second, "the other sentence"))
+        if len(seconds) != len(firsts):
+            raise ConfigError(f"prompt has {len(firsts)} texts and second has {len(seconds)}: give as many of both")
+    elif config.second is not None:
+        raise ConfigError(f"second is for pairs, and {restored.path} classifies single sentences: leave it out")
+    console = Console(highlight=False, markup=False, emoji=False)
+    answers = []
+    for first, second in zip(firsts, seconds, strict=True):
+        encoded = [tokenizer.encode(text) for text in (first, second) if text is not None]
+        whole = sum(map(len, encoded)) + 1 + len(encoded)  # with its markers
+        context = restored.config.data.context
+        ids = join(encoded[0], encoded[1] if second is not None else None, tokenizer.end_of_text_id, context)
+        with torch.inference_mode():
+            outputs = task(torch.tensor([ids], device=task.device))[0].float()  # (C,)
+        console.rule()
+        console.out(first if second is None else f"{first}\n{second}")
+        if whole > context:
+            console.out(f"({whole} tokens, of which the model reads {context})")
+        if state["classes"] is None:
+            answers.append(f"{outputs.item():.4g}")
+            console.out(answers[-1])
+            continue
+        shares = outputs.softmax(0).topk(min(config.candidates, len(outputs)))
+        names = [state["classes"][index] for index in shares.indices.tolist()]
+        answers.append(names[0])
+        table = Table("class", "probability")
+        for name, share in zip(names, shares.values.tolist(), strict=True):
+            table.add_row(name, f"{share:.1%}")
+        console.print(table)
+    return answers
 
 
 def _continue(restored: Restored, config: DictConfig) -> list[str]:

@@ -234,6 +234,13 @@ def test_a_share_of_a_short_run_keeps_at_least_one_step() -> None:
     assert Evolution(diversify=0.01, harden=0.5).make_plan(20).spawn_at == 1
 
 
+def test_shares_of_a_short_run_that_round_to_one_step_stay_apart() -> None:
+    plan = evolution(diversify=0.01, harden=0.06, temperature=Decay(2.0, 0.5, 0.05)).make_plan(20)
+    assert (plan.spawn_at, plan.harden_at) == (1, 2)
+    with pytest.raises(ConfigError, match=r"^evolution.harden=0.01 is step 1, not after the spawn at step 1"):
+        evolution(diversify=0.01, harden=0.01).make_plan(20)
+
+
 def test_the_plan_of_a_checkpoint_is_restored_as_it_was() -> None:
     trained = evolution()
     trained.plan = trained.make_plan(20)

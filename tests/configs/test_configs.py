@@ -23,7 +23,7 @@ CHOICES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONFIG
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 ROUTERS = sorted(path.stem for path in (CONFIGS / "router").glob("*.yaml"))
 EVOLUTIONS = sorted(path.stem for path in (CONFIGS / "evolution").glob("*.yaml"))
-ASKED_OF_THE_USER = {"data.train", "data.name", "data.path", "prompt"}
+ASKED_OF_THE_USER = {"data.train", "data.name", "data.path", "data.source", "data.target"}
 PAPER_SCALE = ("gpt_dts_paper", "mt_dts_paper", "vit_soft_s16")
 IMAGES = {"cifar", "digits", "hub_images", "idx_images", "image_folder"}
 FILLED_BY_RUN = {"vocab_size": 300, "num_classes": 10, "channels": 1, "image_size": 8}
@@ -73,7 +73,8 @@ def test_every_choice_composes_and_names_classes_that_exist(choice):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_builds_on_a_tiny_model(experiment):
     model, evolution = build(compose(f"experiment={experiment}", tiny_model(experiment), "trainer.max_steps=100"))
-    assert len(model.moe_layers) == (0 if experiment.endswith("dense") else 1)
+    stacks = 2 if experiment.startswith("mt") else 1
+    assert len(model.moe_layers) == (0 if experiment.endswith("dense") else stacks)
     assert (evolution is not None) == (experiment.endswith("stable") or "dts" in experiment)
     if evolution is not None:
         evolution.make_plan(100)
@@ -112,12 +113,20 @@ def test_every_evolution_fits_into_a_default_run_and_a_short_one(evolution):
         assert (plan.spawn_at == 0) == (evolution in ("dts_only", "stable"))
 
 
-@pytest.mark.parametrize("task", ["gpt", "mlm", "vit"])
+@pytest.mark.parametrize("task", ["gpt", "mlm", "mt", "glue", "vit"])
 def test_experiments_of_a_task_differ_from_each_other_in_the_method_alone(task):
     """Data, size and optimizer are the same, so that a comparison of two experiments is one of their methods."""
     names = [name for name in EXPERIMENTS if name.startswith(task) and name not in PAPER_SCALE]
     configs = [compose(f"experiment={name}", run_dir=Path("run")) for name in names]
-    of_the_method = ("router", "moe_every", "allow_future_leak", "num_experts", "d_expert", "shared_experts")
+    of_the_method = (
+        "router",
+        "decoder_router",
+        "moe_every",
+        "allow_future_leak",
+        "num_experts",
+        "d_expert",
+        "shared_experts",
+    )
     for config in configs:
         OmegaConf.set_struct(config, False)
         for name in of_the_method:
@@ -147,6 +156,11 @@ def commands(text: str) -> list[list[str]]:
     return [words for words in map(overrides_in, comments) if words]
 
 
+def clash(key: str, other: str) -> bool:
+    """Whether two overrides cannot stand in one command: the same key twice, or one of a node and one inside of it."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
+
+
 def batches(lines: list[list[str]]) -> list[list[str]]:
     """The same overrides in few command lines: those that choose from a group alone, the others together."""
     together: list[dict[str, str]] = [{}]
@@ -156,7 +170,7 @@ def batches(lines: list[list[str]]) -> list[list[str]]:
         if not set(ALL_GROUPS).isdisjoint(keys):
             alone.append(words)
             continue
-        if not together[-1].keys().isdisjoint(keys):
+        if any(clash(key, other) for key in keys for other in together[-1]):
             together.append({})
         together[-1].update(zip(keys, words, strict=True))
     return [*alone, *(list(batch.values()) for batch in together if batch)]

@@ -179,7 +179,7 @@ def test_the_state_is_plain_and_belongs_to_the_data(tmp_path: Path) -> None:
     data = ready(tmp_path)
     torch.save(data.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert state["classes"] == ["0", "1"]
+    assert (state["classes"], state["pairs"]) == (["0", "1"], False)
     assert Tokenizer.from_checkpoint({"GlueFiles": state}).encode("red") == data.tokenizer.encode("red")
     ready(tmp_path).load_state_dict(state)
     with pytest.raises(ConfigError, match="the checkpoint was trained on other data"):

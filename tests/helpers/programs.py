@@ -44,7 +44,8 @@ PATIENCE = 120.0  # seconds that a program may take on a busy machine
 def write_corpus(path: Path) -> Path:
     """About 100 kB of English: docstrings of the standard library; and its lines as pairs of sentences beside it.
 
-    The files of the pairs are ``pairs.en``, and ``pairs.up`` with the same in capitals.
+    The files of the pairs are ``pairs.en``, and ``pairs.up`` with the same in capitals. In ``labels.tsv`` the lines are
+    labelled by whether they are short.
     """
     modules = (argparse, collections, difflib, functools, inspect, logging, textwrap)
     texts = [inspect.getdoc(value) or "" for module in modules for value in (module, *vars(module).values())]
@@ -52,10 +53,21 @@ def write_corpus(path: Path) -> Path:
     lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
     for language, written in (("en", lines), ("up", map(str.upper, lines))):
         path.with_name(f"pairs.{language}").write_text("\n".join(written) + "\n", encoding="utf-8")
+    rows = [
+        "sentence\tlabel",
+        *(f"{line}\t{'short' if len(line) < 40 else 'long'}" for line in lines if "\t" not in line),
+    ]
+    path.with_name("labels.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return path
 
 
-TINY_MODELS = {"gpt": "gpt_tiny", "mlm": "roberta_tiny", "mt": "transformer_tiny", "vit": "vit_tiny"}
+TINY_MODELS = {
+    "gpt": "gpt_tiny",
+    "mlm": "roberta_tiny",
+    "mt": "transformer_tiny",
+    "vit": "vit_tiny",
+    "glue": "roberta_tiny",
+}
 """The smallest model of each kind of experiment, by the beginning of its name."""
 
 
@@ -67,11 +79,13 @@ def tiny_model(experiment: str) -> str:
 def tiny_data(corpus: Path, experiment: str) -> list[str]:
     """Overrides for small data of the kind that an experiment wants."""
     if experiment.startswith("vit"):
-        return ["data=digits", "data.batch_size=16"]
+        return ["data=digits", "data.batch_size=16", "data.num_workers=0", "data.augmentation={crop:1,policy:null}"]
     text = ["data.context=32", "data.vocab_size=300"]
     if experiment.startswith("mt"):
         pairs = ["data=pair_files", "data.source=en", "data.target=up", f"data.train={corpus.with_name('pairs')}"]
         return [*text, *pairs, "data.batch_tokens=128", "data.eval_batch_tokens=1024", "task.val_sentences=4"]
+    if experiment.startswith("glue"):
+        return [*text, "data=glue_files", f"data.train={corpus.with_name('labels.tsv')}", "data.batch_size=4"]
     return [*text, "data=text_files", f"data.train={corpus}", "data.batch_size=4"]
 
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from evomoe.models.gpt import GPT
 from evomoe.models.network import BlockOptions
-from evomoe.models.roberta import RoBERTa
+from evomoe.models.roberta import Encoder, RoBERTa
 from evomoe.models.vit import ViT
 from evomoe.routing.switch import Switch
 
@@ -36,7 +36,10 @@ def test_every_key_is_an_argument_with_a_comment(path: Path) -> None:
     fixed = {GPT: {"norm_first"}, RoBERTa: {"allow_future_leak"}, ViT: {"norm_first", "allow_future_leak"}}
     network = get_class(config._target_)
     blocks = {field.name for field in dataclasses.fields(BlockOptions)} - fixed.get(network, set())
-    arguments = (network.__init__.__annotations__.keys() | blocks) - {"return", "options"}
+    own = network.__init__.__annotations__.keys() | (
+        Encoder.__init__.__annotations__.keys() if network is RoBERTa else set()
+    )
+    arguments = (own | blocks) - {"return", "options"}
     assert set(config) == arguments | {"_target_"}
     lines = path.read_text().splitlines()
     for key in arguments:

@@ -87,14 +87,17 @@ class EvolutionPlan:
 
     def describe(self) -> str:
         """The plan in one line."""
-        parts = [f"diversify [0, {self.spawn_at})"] if self.spawn_at else []
+        parts = [f"diversify [0, {min(self.spawn_at, self.total)})"] if self.spawn_at else []
         sparsify = f"sparsify [{self.spawn_at}, {self.total if self.harden_at is None else self.harden_at})"
-        if self.temperature != UNSCHEDULED:
+        if self.temperature.length:
             sparsify += (
                 f", temperature {self.temperature.start:g} to {self.temperature.end:g} "
                 f"({self.temperature.shape}) over {self.temperature.length}"
             )
-        parts.append(sparsify)
+        elif self.temperature != UNSCHEDULED:
+            sparsify += f", temperature {self.temperature.end:g}"
+        if self.spawn_at < self.total and self.spawn_at != self.harden_at:
+            parts.append(sparsify)
         if self.harden_at is not None:
             parts.append(f"hardened [{self.harden_at}, {self.total})")
         return "; ".join(parts)
@@ -145,6 +148,8 @@ class Evolution(L.Callback):
         """
         spawn_at = to_steps("evolution.diversify", self.diversify, total)
         harden_at = None if self.harden is None else to_steps("evolution.harden", self.harden, total)
+        if isinstance(self.diversify, float) and isinstance(self.harden, float) and self.diversify < self.harden:
+            harden_at = max(to_steps("evolution.harden", self.harden, total), spawn_at + 1)  # not rounded together
         if harden_at is not None and harden_at <= spawn_at:
             raise ConfigError(
                 f"evolution.harden={self.harden} is step {harden_at}, not after the spawn at step {spawn_at} "

@@ -131,8 +131,8 @@ class LabelledDataModule(StoredDataModule[LabelledStore]):
         return f"{name}: {counts} {things} {kind}; vocabulary {self.vocab_size:,}{notes} ({self.fingerprint})"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the tokenizer, the classes, and the identity of the data, as plain values."""
-        return {**super().state_dict(), "classes": self.classes}
+        """Return the tokenizer, the classes, whether rows are pairs, and the identity of the data, as plain values."""
+        return {**super().state_dict(), "classes": self.classes, "pairs": self.store.pairs}
 
     def train_dataloader(self) -> ResumableDataLoader:
         """Return the shuffled training batches, whose position Lightning saves and restores."""

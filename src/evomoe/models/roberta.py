@@ -1,4 +1,4 @@
-"""RoBERTa with a Mixture-of-Experts in every ``moe_every``-th block: an encoder for masked language modelling.
+"""RoBERTa with a Mixture-of-Experts in every ``moe_every``-th block: an encoder, and its head for masked words.
 
 Shapes: B batch, S sequence, D model width, E experts, L layers, V vocabulary, n scored positions.
 """
@@ -29,11 +29,11 @@ from evomoe.models.network import (
 from evomoe.routing import Routing
 
 
-class RoBERTa(Network):
-    """Encoder (arXiv 1907.11692) in which every token sees its whole sequence, so that any router may be used.
+class Encoder(Network):
+    """Blocks in which every token sees its whole sequence, so that any router may be used.
 
-    The last id of the vocabulary stands for a hidden word, see :attr:`mask_id`. For the same seed, models that differ
-    in router, experts or ``moe_every`` start from the same shared weights, as GPT does.
+    A subclass adds a head and then calls :meth:`init_weights`. For the same seed, models that differ in router, experts
+    or ``moe_every`` start from the same shared weights, as GPT does.
 
     Args:
         vocab_size: number of token ids V, the mask included.
@@ -78,15 +78,6 @@ class RoBERTa(Network):
         self.norm = nn.LayerNorm(d_model, bias=blocks.bias)
         self.dropout = nn.Dropout(dropout)
         self.blocks = blocks.build(num_layers, causal=False)
-        self.head = nn.Linear(d_model, d_model)
-        self.head_norm = nn.LayerNorm(d_model)
-        self.head_bias = nn.Parameter(torch.zeros(self.token_embedding.num_embeddings))
-        self.init_weights(torch.initial_seed())
-
-    @property
-    def mask_id(self) -> int:
-        """The id that stands for a hidden word."""
-        return self.vocab_size - 1
 
     def encode(
         self, tokens: Tensor, *, valid: Tensor | None = None, final_rule: bool = False
@@ -123,6 +114,55 @@ class RoBERTa(Network):
         )
         return self.norm(hidden) if self.norm_first else hidden, routings
 
+    @property
+    def named_blocks(self) -> dict[str, Block]:
+        """The blocks as ``block_0``, ``block_1`` and so on."""
+        return {f"block_{index}": block for index, block in enumerate(self._stack)}
+
+    @property
+    def _stack(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw all parameters anew, as :meth:`evomoe.models.gpt.GPT.init_weights` does.
+
+        Args:
+            seed: of the draws.
+        """
+        draw_normal_(self.token_embedding.weight, INIT_STD, seed, "token_embedding")
+        draw_normal_(self.position_embedding.weight, INIT_STD, seed, "position_embedding")
+        self.norm.reset_parameters()
+        for name, block in self.named_blocks.items():
+            block.init_weights(seed, name, INIT_STD, output_std(self.num_layers))
+
+
+class RoBERTa(Encoder):
+    """Masked language model (arXiv 1907.11692); the last id of the vocabulary stands for a hidden word.
+
+    Args:
+        vocab_size: number of token ids V, the mask included.
+        context: most tokens per sequence.
+        d_model: width D.
+        num_layers: blocks L.
+        num_heads: attention heads; divides D.
+        options: further ones of :class:`Encoder`.
+    """
+
+    def __init__(
+        self, vocab_size: int, context: int, d_model: int, num_layers: int, num_heads: int, **options: Any
+    ) -> None:
+        super().__init__(vocab_size, context, d_model, num_layers, num_heads, **options)
+        self.head = nn.Linear(d_model, d_model)
+        self.head_norm = nn.LayerNorm(d_model)
+        self.head_bias = nn.Parameter(torch.zeros(self.token_embedding.num_embeddings))
+        self.init_weights(torch.initial_seed())
+
+    @property
+    def mask_id(self) -> int:
+        """The id that stands for a hidden word."""
+        return self.vocab_size - 1
+
     def forward(
         self,
         tokens: Tensor,
@@ -146,11 +186,6 @@ class RoBERTa(Network):
         states = self.head_norm(F.gelu(self.head(hidden if at is None else hidden[at])))
         return score_words(states, self.token_embedding, self.vocab_size, self.head_bias), routings
 
-    @property
-    def named_blocks(self) -> dict[str, Block]:
-        """The blocks as ``block_0``, ``block_1`` and so on."""
-        return {f"block_{index}": block for index, block in enumerate(self._stack)}
-
     def flops_per_token(
         self, context: int, active_experts: float | Sequence[float] = 1.0, scored: float = 1.0
     ) -> float:
@@ -164,23 +199,11 @@ class RoBERTa(Network):
         head = matrix_flops([self.head.weight, self.token_embedding.weight])
         return scored * head + self.block_flops(self._stack, context, self.spread(active_experts))
 
-    @property
-    def _stack(self) -> list[Block]:
-        return cast("list[Block]", list(self.blocks))
-
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draw all parameters anew, as :meth:`evomoe.models.gpt.GPT.init_weights` does.
-
-        Args:
-            seed: of the draws.
-        """
-        draw_normal_(self.token_embedding.weight, INIT_STD, seed, "token_embedding")
-        draw_normal_(self.position_embedding.weight, INIT_STD, seed, "position_embedding")
+        """See :meth:`Encoder.init_weights`; the head is drawn too."""
+        super().init_weights(seed)
         draw_normal_(self.head.weight, INIT_STD, seed, "head")
         self.head.bias.zero_()
         self.head_bias.zero_()
-        self.norm.reset_parameters()
         self.head_norm.reset_parameters()
-        for name, block in self.named_blocks.items():
-            block.init_weights(seed, name, INIT_STD, output_std(self.num_layers))

@@ -5,6 +5,7 @@ from evomoe.tasks.language_modeling import LanguageModeling
 from evomoe.tasks.masked_lm import MaskedLanguageModeling
 from evomoe.tasks.moe_task import Coefficient, MoETask
 from evomoe.tasks.optimization import Optimization
+from evomoe.tasks.sequence_classification import SequenceClassification
 from evomoe.tasks.translation import Translation
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "MaskedLanguageModeling",
     "MoETask",
     "Optimization",
+    "SequenceClassification",
     "Translation",
 ]

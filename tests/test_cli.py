@@ -299,9 +299,8 @@ def test_a_mandatory_value_left_out_is_named(arguments, config, message):
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
 def test_no_experiment_lacks_a_value(path):
-    """Not those either whose routers refer to a value that the run fills; ImageNet is nowhere without its path."""
-    given = ["data.path=here"] if path.stem == "vit_soft_s16" else []
-    check_missing(compose(f"experiment={path.stem}", *given, "paths.run_dir=here"))
+    """Not those either whose routers refer to a value that the run fills."""
+    check_missing(compose(f"experiment={path.stem}", "paths.run_dir=here"))
 
 
 def test_nothing_is_missing_that_the_run_fills():

@@ -215,6 +215,31 @@ def test_options_of_the_router_may_be_chosen_anew_and_sizes_and_schedule_may_not
         assert str(caught.value).startswith(f"{override} cannot be chosen with init_from={pretrained.paths[20]}")
 
 
+def test_what_the_checkpoint_replaces_is_named(pretrained, tmp_path):
+    def described(*overrides: str) -> str:
+        config = compose("experiment=glue_dts", f"init_from={pretrained.folder}", *overrides, run_dir=tmp_path)
+        config.data.context = 16
+        found = find_pretrained(config, None)
+        assert found is not None
+        found.configure(config, [override for override in overrides if override.startswith("router")])
+        return found.describe()
+
+    # Values of groups, and of an experiment of the user's own: what is typed is refused, or wins.
+    same = ["model=roberta_tiny", "evolution.diversify=7", "evolution.harden=13"]
+    same += ["evolution.temperature.length=6", "evolution.noise.length=6", "router.gate.threshold=0.01"]
+    plain = described(*same)
+    assert plain.endswith(": its encoder with DTSGate, hardened for good")
+    other = described(
+        *same,
+        "router.loss_coefficients={balance:0.3}",
+        "model.num_layers=5",
+        "model.num_heads=4",
+        "evolution.harden=9",
+        "model.dropout=0.3",
+    )
+    assert other == f"{plain}; its own values replace model.num_layers=5, model.num_heads=4, evolution.harden=9"
+
+
 def test_a_run_looks_at_what_its_user_typed(fine_tune, pretrained, monkeypatch):
     typed = SimpleNamespace(overrides=SimpleNamespace(task=["experiment=glue_dts", "model.num_experts=4"]))
     monkeypatch.setattr(run, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: typed))

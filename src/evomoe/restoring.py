@@ -15,6 +15,7 @@ from evomoe.callbacks import Evolution, HeldEvolution
 from evomoe.checkpointing import find_checkpoint, load_checkpoint, newest_checkpoint
 from evomoe.cli import instantiate
 from evomoe.data import LabelledDataModule, Tokenizer
+from evomoe.data.corpus import flatten
 from evomoe.errors import ConfigError
 from evomoe.models.roberta import Encoder
 from evomoe.tasks import MaskedLanguageModeling, SequenceClassification
@@ -46,16 +47,22 @@ def resolve_checkpoint(given: str, logs: Path, key: str = "ckpt_path") -> Path:
         key: under which it was written.
     """
     if given in ("last", "best"):
-        runs = {path.parent.parent: path.stat().st_mtime for path in sorted(logs.glob("**/checkpoints/*.ckpt"))}
+        runs = _runs(logs)
         if not runs:
             raise ConfigError(f"{key}={given}: there is no checkpoint below {logs}; train first, or give a file")
-        return find_checkpoint(max(runs, key=runs.__getitem__), given)
+        return find_checkpoint(runs[0], given)
     path = Path(given).expanduser()
     if path.is_dir():
         return find_checkpoint(path, "last")
     if not path.is_file():
         raise ConfigError(f"{key}={given}: there is no such file or folder; `last` means the newest one")
     return path
+
+
+def _runs(logs: Path) -> list[Path]:
+    """The folders below ``logs`` of runs that have a checkpoint, those that saved last first."""
+    saved = {path.parent.parent: path.stat().st_mtime for path in sorted(logs.glob("**/checkpoints/*.ckpt"))}
+    return sorted(saved, key=saved.__getitem__, reverse=True)
 
 
 def check_targets(config: DictConfig, path: Path) -> None:
@@ -97,7 +104,7 @@ def evolution_of(checkpoint: Mapping[str, Any], config: DictConfig) -> Evolution
     return evolution
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pretrained:
     """A pretrained encoder, of which another run takes model, router, the state of their evolution, and tokenizer.
 
@@ -106,12 +113,14 @@ class Pretrained:
         checkpoint: the loaded file.
         config: its configuration.
         evolution: configuration of the schedule of the run that takes it.
+        replaced: what that run had set otherwise before :meth:`configure`, as ``key=value``.
     """
 
     path: Path
     checkpoint: Mapping[str, Any]
     config: DictConfig
     evolution: DictConfig | None
+    replaced: Sequence[str] = ()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -119,11 +128,13 @@ class Pretrained:
         return Tokenizer.from_checkpoint(self.checkpoint)
 
     def describe(self) -> str:
-        """What is taken, in one line."""
+        """What is taken, and in place of what, in one line."""
         gate = OmegaConf.select(self.config, "router.gate._target_")
         router = "no router" if gate is None else f"{gate.rpartition('.')[2]}"
         phase = f", {self.evolution.phase} for good" if self.evolution else ""
-        return f"Starting from {self.path} (step {self.checkpoint['global_step']}): its encoder with {router}{phase}"
+        replaced = f"; its own values replace {', '.join(self.replaced)}" if self.replaced else ""
+        step = self.checkpoint["global_step"]
+        return f"Starting from {self.path} (step {step}): its encoder with {router}{phase}{replaced}"
 
     def configure(self, config: DictConfig, overrides: Sequence[str] = ()) -> None:
         """Give a run the model, router and schedule, but for its own dropout, kernels and head.
@@ -156,6 +167,10 @@ class Pretrained:
                     f"{override} cannot be chosen with init_from={self.path}, which brings its own: leave it out"
                 )
         of_router = {key: OmegaConf.select(config, key) for key in typed if key.startswith("router.")}
+        theirs, before = (_method(node) for node in (self.config, config))
+        if theirs.get("evolution._target_") != before.get("evolution._target_"):
+            # Of a fine-tuned model, whose schedule stands still already: there is nothing to compare.
+            before = {key: value for key, value in before.items() if not key.startswith("evolution.")}
         with open_dict(config):
             for key, value in self.config.model.items():
                 if key not in (*FREE_KEYS, *OF_HEAD):
@@ -164,6 +179,8 @@ class Pretrained:
             config.evolution = self.evolution
             for key, value in of_router.items():
                 OmegaConf.update(config, key, value)
+        taken = _method(config) | {key: value for key, value in theirs.items() if key.startswith("evolution.")}
+        self.replaced = [f"{key}={value}" for key, value in before.items() if taken.get(key) != value]
 
     def initialize(self, task: SequenceClassification) -> None:
         """Load the weights of the encoder.
@@ -178,6 +195,15 @@ class Pretrained:
                 f"the weights of init_from={self.path} do not fit this run's model: leave out router.gate.*, or choose"
                 " another checkpoint"
             ) from error
+
+
+def _method(config: DictConfig) -> dict[str, Any]:
+    """What a pretrained model decides, by key, without what follows other keys, as the context follows that of data."""
+    groups: Any = {name: OmegaConf.to_container(config[name]) for name in ("model", "router")}
+    if config.evolution is not None:
+        groups["evolution"] = OmegaConf.to_container(config.evolution)
+    free = {f"model.{key}" for key in (*FREE_KEYS, *OF_HEAD)}
+    return {key: value for key, value in flatten(groups).items() if key not in free and "${" not in str(value)}
 
 
 def find_pretrained(config: DictConfig, resume_from: Path | None) -> Pretrained | None:
@@ -246,8 +272,7 @@ def _hold(checkpoint: Mapping[str, Any], config: DictConfig) -> DictConfig | Non
 
 def _last_masked_lm(logs: Path) -> Path:
     """The newest checkpoint of the run of masked language modelling below ``logs`` that saved last."""
-    runs = {path.parent.parent: path.stat().st_mtime for path in sorted(logs.glob("**/checkpoints/*.ckpt"))}
-    for run in sorted(runs, key=runs.__getitem__, reverse=True):
+    for run in _runs(logs):
         path = newest_checkpoint(run)
         if path is None:
             continue

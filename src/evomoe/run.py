@@ -27,7 +27,7 @@ from evomoe.callbacks import EvolutionProgress, FewShotProbe, RandomState, RunSu
 from evomoe.callbacks.epoch_restart import EpochRestart
 from evomoe.checkpointing import VerifiedCheckpointIO, load_checkpoint, newest_checkpoint
 from evomoe.cli import instantiate
-from evomoe.data import Tokenizer
+from evomoe.data import LabelledDataModule, Tokenizer
 from evomoe.errors import ConfigError
 from evomoe.restoring import FREE_KEYS, check_targets, evolution_of, find_pretrained, resolve_checkpoint
 from evomoe.tasks import ImageClassification, MoETask
@@ -219,10 +219,12 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     _check_accelerator("accelerator", config.accelerator, "accelerator=cpu")
     restored = restore(config.ckpt_path, config.log_dir, shlex.split(config.overrides))
     data = instantiate(restored.config.data)
-    if OmegaConf.select(restored.config, "init_from") is not None:
+    if isinstance(data, LabelledDataModule) and data.fingerprint != restored.data_state["fingerprint"]:
+        # Began with a pretrained model, or is measured on other rows: they would be encoded with a tokenizer of theirs.
         data.adopt_tokenizer(restored.tokenizer)
     data.prepare_data()
     data.setup()
+    data.check_meaning(restored.data_state)
     _hush()
     callbacks: list[L.Callback] = [EvolutionProgress()]
     if config.probe is not None:

@@ -193,7 +193,7 @@ def _read_sentences(path: Path) -> list[str]:
 def _fill(restored: Restored, prompts: Sequence[str], candidates: int) -> list[str]:
     """Print the candidates for each mask of each prompt; return the prompts with the likeliest ones."""
     model, tokenizer = restored.task.model, restored.tokenizer
-    parts = [prompt.split(MASK) for prompt in prompts]
+    parts = [split_at_masks(prompt) for prompt in prompts]
     encoded = [[token for part in split for token in [model.mask_id, *tokenizer.encode(part)]][1:] for split in parts]
     console = Console(highlight=False, markup=False, emoji=False)
     texts = []
@@ -207,6 +207,12 @@ def _fill(restored: Restored, prompts: Sequence[str], candidates: int) -> list[s
         best = [tokenizer.decode([pairs[0][0]]) for pairs in guesses]
         texts.append("".join(text for pair in zip(split, [*best, ""], strict=True) for text in pair))
     return texts
+
+
+def split_at_masks(prompt: str) -> list[str]:
+    """The text around each mask, without a blank before one: a word's first token brings it along."""
+    *before, last = prompt.split(MASK)
+    return [*(part.removesuffix(" ") for part in before), last]
 
 
 def _expert_table(tokenizer: Tokenizer, sample: Generation) -> Table:

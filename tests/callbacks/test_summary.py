@@ -84,6 +84,8 @@ def test_padding_is_no_token(tmp_path):
     fit(tmp_path, FakeEvolution(), summary, data=loader(6, padding=1))
     values = summary.as_dict()
     assert values["whole_run"]["tokens"] == 36
+    # A batch has 8 positions and 6 tokens.
+    assert values["phases"][0]["training_flops_per_token"] == pytest.approx(3 * (400 + 1000) * 8 / 6)
     assert [phase["active_experts"] for phase in values["phases"]] == [1, 3, 1]
 
 

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import torch
+
 from evomoe.callbacks import Throughput, throughput
 from evomoe.models.flops import Work
 
-WORK = Work(positions=10, tokens=8, forward_flops=5000.0)
+WORK = Work(tokens=torch.tensor(8), forward_flops=5000.0)
 
 
 class Run:
@@ -35,14 +37,14 @@ class Run:
 def test_speed_and_flops_typed_by_hand(monkeypatch):
     run = Run(monkeypatch)
     run.batch()
-    assert run.logged == [(1, "tokens_per_second", 40.0), (1, "training_flops", 3 * 5000)]
+    assert run.logged == [(1, "tokens_per_second", 32.0), (1, "training_flops", 3 * 5000)]
 
 
 def test_both_are_sums_over_all_processes(monkeypatch):
     run = Run(monkeypatch)
     run.processes = 3
     run.batch()
-    assert run.logged == [(1, "tokens_per_second", 120.0), (1, "training_flops", 3 * 3 * 5000)]
+    assert run.logged == [(1, "tokens_per_second", 96.0), (1, "training_flops", 3 * 3 * 5000)]
 
 
 def test_time_between_batches_is_not_part_of_the_speed(monkeypatch):
@@ -53,9 +55,9 @@ def test_time_between_batches_is_not_part_of_the_speed(monkeypatch):
     run.batch()
     run.batch()
     assert run.logged == [
-        (2, "tokens_per_second", 40.0),
+        (2, "tokens_per_second", 32.0),
         (2, "training_flops", 2 * 3 * 5000),
-        (4, "tokens_per_second", 40.0),
+        (4, "tokens_per_second", 32.0),
         (4, "training_flops", 4 * 3 * 5000),
     ]
 
@@ -71,7 +73,7 @@ def test_every_batch_of_an_accumulation_window_counts(monkeypatch):
     run = Run(monkeypatch)
     for ends_window in (False, False, True):
         run.batch(ends_window)
-    assert run.logged == [(1, "tokens_per_second", 40.0), (1, "training_flops", 3 * 3 * 5000)]
+    assert run.logged == [(1, "tokens_per_second", 32.0), (1, "training_flops", 3 * 3 * 5000)]
 
 
 def test_a_resumed_run_goes_on_counting_flops(monkeypatch):

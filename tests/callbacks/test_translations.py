@@ -30,10 +30,10 @@ def shown(tmp_path, callback, logger=TensorBoardLogger, **state) -> list[tuple]:
     return calls
 
 
-def test_the_first_translations_are_shown_as_a_table(tmp_path):
+def test_the_translations_that_come_first_in_the_split_are_shown_as_a_table(tmp_path):
     ((name, text, step),) = shown(tmp_path, TranslationSamples(count=1))
     assert (name, step) == ("translations", 7)
-    assert text.splitlines() == ["| source | reference | hypothesis |", "|---|---|---|", "| s \\| 1 | r 1 | h 1 |"]
+    assert text.splitlines() == ["| source | reference | hypothesis |", "|---|---|---|", "| s \\| 0 | r 0 | h 0 |"]
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,19 @@ def test_the_paper_scale_has_the_sizes_that_its_comment_states():
     assert plan.harden_at - plan.spawn_at == 6000
 
 
+def test_the_translation_of_the_paper_is_what_its_comment_states():
+    config = compose("experiment=mt_dts_paper")
+    model = config.model
+    assert (model.d_model, model.d_ff, model.num_layers, model.num_heads, model.num_experts) == (1024, None, 6, 16, 4)
+    assert (model.activation, model.norm_first, model.dropout, model.moe_every) == ("relu", False, 0.3, 2)
+    with torch.device("meta"):
+        config.model.vocab_size = config.data.vocab_size
+        assert len(instantiate(model).moe_layers) == 6
+    plan = instantiate(config.evolution).make_plan(config.trainer.max_steps)
+    assert (plan.temperature.start, plan.temperature.end, plan.temperature.length) == (2.0, 0.5, 5000)
+    assert plan.harden_at == 6000
+
+
 @pytest.mark.parametrize("experiment", ["gpt_dts", "gpt_switch"])
 @pytest.mark.parametrize("router", [name for name in ROUTERS if name != "none"])
 def test_the_router_of_an_experiment_can_be_exchanged(experiment, router):

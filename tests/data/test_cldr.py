@@ -4,6 +4,7 @@ import re
 from datetime import datetime
 
 import pytest
+from babel.localedata import locale_identifiers
 from data.tiny_pairs import read
 
 from evomoe.data.cldr import LocalePairs
@@ -66,6 +67,25 @@ def test_the_pairs_follow_from_the_identity() -> None:
     assert first.identity() == again.identity()
     assert [read(first, split) for split in SPLITS] == [read(again, split) for split in SPLITS]
     assert LocalePairs("ja", "fr", pairs=300).identity() != first.identity()
+
+
+@pytest.mark.parametrize(("target", "lists"), [("rw", False), ("sa", True), ("yi", True)])
+def test_what_a_language_cannot_write_is_left_out(target: str, lists: bool) -> None:
+    """CLDR names no country in Kinyarwanda, some in Sanskrit, and most in Yiddish."""
+    corpus = LocalePairs("en", target, pairs=4000)
+    train = read(corpus, "train")
+    assert len(train) > 3000
+    assert any(re.search(r", (and|or) \w+$|\w (and|or) \w+$", pair.source) for pair in train) == lists
+    ((what, count),) = corpus.notes().items()
+    assert what == "draws left out that CLDR cannot write in a language"
+    assert 10 < count < 700
+
+
+def test_every_language_of_cldr_can_be_written() -> None:
+    languages = [name for name in locale_identifiers() if "_" not in name and name != "en"]
+    assert len(languages) > 300
+    for language in languages:
+        assert len(read(LocalePairs("en", language, pairs=60), "train")) > 40
 
 
 def test_errors_are_one_line_with_the_value() -> None:

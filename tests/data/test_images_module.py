@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from evomoe.data import Augmentation, ImageDataModule
+from evomoe.data.images import ImageSet
 from evomoe.data.images_module import ImageSampler
 from evomoe.data.sampling import EvaluationSampler
 from evomoe.errors import ConfigError
@@ -89,6 +90,20 @@ def test_a_checkpoint_of_other_images_is_refused():
     message = r"trained on other images \(train 30 -> 33, content \w+ -> \w+\); restore these or start a new run"
     with pytest.raises(ConfigError, match=message):
         module(Drawn(train=33)).load_state_dict(state)
+
+
+class Renamed(Drawn):
+    def load(self):
+        return ImageSet(super().load().splits, ["blue", "green", "red"])
+
+
+def test_a_checkpoint_is_measured_on_images_of_its_classes_and_scale():
+    state = module().state_dict()
+    module(Drawn(test=9)).check_meaning(state)
+    with pytest.raises(ConfigError, match=r"on other classes \(\['red', .*\]\) than .* \(\['blue', .*; restore the"):
+        module(Renamed()).check_meaning(state)
+    with pytest.raises(ConfigError, match="on images of another mean of the channels"):
+        module(Drawn(train=33)).check_meaning(state)
 
 
 class Constant(Drawn):

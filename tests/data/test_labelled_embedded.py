@@ -8,6 +8,7 @@ import pytest
 from rich.progress import Progress
 
 from evomoe.data.corpus import SPLITS, text_key
+from evomoe.data.embedded import EmbeddedCorpus
 from evomoe.data.labelled import Row
 from evomoe.data.labelled_embedded import DocstringOrigin
 from evomoe.errors import ConfigError
@@ -23,13 +24,13 @@ def read(corpus: DocstringOrigin) -> dict[str, list[Row]]:
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two packages; the second has half as many files, and some paragraphs of the first."""
-    for package, taste, count in (("apples", "sour", 120), ("pears", "sweet", 60)):
+    for package, taste, count in (("apples", "sour", 1200), ("pears", "sweet", 600)):
         folder = tmp_path / package
         folder.mkdir()
         (folder / "__init__.py").touch()
         for number in range(count):
             own = f"Paragraph {number} of {package} is {taste}, {FILLER}"
-            both = f"Paragraph {number} is said twice, {FILLER}"
+            both = f"Paragraph {number % 200} is said several times, {FILLER}"
             code = f">>> import {package}  # {FILLER}"
             (folder / f"file_{number}.py").write_text(f'"""{own}\n\n{both}\n\n{code}\n"""\n')
     monkeypatch.syspath_prepend(tmp_path)
@@ -43,9 +44,21 @@ def test_classes_are_balanced_and_no_text_stands_twice(packages: Path) -> None:
     for rows in splits.values():
         counts = Counter(row.label for row in rows)
         assert counts["apples"] == counts["pears"] > 2
-    files = {split: {row.place for row in rows} for split, rows in splits.items()}
-    assert not files["train"] & (files["val"] | files["test"])
-    assert not files["val"] & files["test"]
+
+
+def test_nothing_that_is_held_out_is_read_in_pretraining(packages: Path) -> None:
+    """Neither a file that `docs` trains on, nor a paragraph that stands in one."""
+    corpus = EmbeddedCorpus("docs", packages=["apples", "pears"], standard_library=None)
+    with Progress(disable=True) as progress:
+        pretrained = "\n\n".join(piece.text for piece in corpus.pieces("train", progress)).split("\n\n")
+        trained_files = {source.path for source in corpus.splits(progress)["train"]}
+    names = re.compile(r"\bapples|\bpears")
+    read_before = {text_key(names.sub("", paragraph)) for paragraph in pretrained}
+    splits = read(DocstringOrigin(["apples", "pears"]))
+    assert {row.place for row in splits["train"]} <= trained_files
+    for split in ("val", "test"):
+        assert not {row.place for row in splits[split]} & trained_files
+        assert not {text_key(row.first) for row in splits[split]} & read_before
 
 
 def test_no_name_of_a_package_stands_in_the_text(packages: Path) -> None:
@@ -75,3 +88,5 @@ def test_what_cannot_be_is_refused(packages: Path) -> None:
         DocstringOrigin(["apples", "oranges"])
     with pytest.raises(ConfigError, match=r"data.per_class=0: expected at least 1"):
         DocstringOrigin(["apples", "pears"], 0)
+    message = DocstringOrigin(["apples", "pears"]).explain_empty("val")
+    assert message.startswith("one of data.packages=[apples,pears] has no paragraph for val, as few of its files are")

@@ -3,15 +3,20 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
+import torch
 from data.tiny_labels import write_table
 from rich.progress import Progress
 
+from evomoe.data import HubGlue
 from evomoe.data.corpus import SPLITS
 from evomoe.data.labelled import ColumnChoice, LabelledCorpus
 from evomoe.data.labelled_files import HubLabels, LabelledFiles
 from evomoe.errors import ConfigError
+from evomoe.tasks.sequence_scores import SequenceScores
 
 AUTO = ColumnChoice(None, None, None)
 
@@ -87,6 +92,26 @@ def test_blank_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     assert corpus.notes() == {"blank rows left out of train": 2}
 
 
+def test_malformed_lines_are_left_out_and_counted_on_demand(tmp_path: Path) -> None:
+    """As those of QQP."""
+    lines = ["1|2|3|A?|B?|0", "2|3|4|A?", "3|4|5|C?|D?|1|1", "4|5|6|E?|F?|1"]
+    path = write_table(tmp_path / "train.tsv", "id|qid1|qid2|question1|question2|is_duplicate", *lines)
+    with pytest.raises(
+        ConfigError, match=r"line 3 has 4 fields, .*, or leave such lines out with data.bad_lines=drop$"
+    ):
+        read(files(path))
+    corpus = files(path, bad_lines="drop")
+    assert read(corpus) == read(corpus) == [("A?", "B?", "0"), ("E?", "F?", "1")]
+    assert corpus.notes() == {"malformed lines left out of train": 2}
+    assert corpus.identity() != files(path).identity()
+    (tmp_path / "train.jsonl").write_text('{"sentence": "a", "label": 1}\n{"sentence"\n["b", 1]\n')
+    corpus = files(tmp_path / "train.jsonl", bad_lines="drop")
+    assert read(corpus) == [("a", None, "1")]
+    assert corpus.notes() == {"malformed lines left out of train": 2}
+    with pytest.raises(ConfigError, match="data.bad_lines=skip is unknown; use data.bad_lines=refuse or"):
+        files(path, bad_lines="skip")
+
+
 def test_missing_splits_are_held_out_and_equal_sentences_share_one(tmp_path: Path) -> None:
     lines = [f"sentence number {number % 150}|{number % 2}" for number in range(300)]
     path = write_table(tmp_path / "train.tsv", "sentence|label", *lines)
@@ -141,6 +166,33 @@ def test_a_missing_file_column_or_kind_is_named(tmp_path: Path) -> None:
         read(files(path, ColumnChoice("sentence", "b", None)))
     with pytest.raises(ConfigError, match=r"data.sentence2=b without data.sentence1"):
         ColumnChoice(None, "b", None)
+
+
+class NumberedTable(list[dict[str, Any]]):
+    """What is used of a table of `datasets`, of which the label is a `ClassLabel`."""
+
+    features: ClassVar = {"sentence": None, "label": SimpleNamespace(names=["not_equivalent", "equivalent"])}
+    column_names = tuple(features)
+
+    def select_columns(self, names: list[str]) -> NumberedTable:
+        return self
+
+
+def test_classes_of_the_hub_keep_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of MRPC, where `equivalent` is 1: by name it would be 0, and f1 would score the other class."""
+    table = NumberedTable({"sentence": f"sentence {i}", "label": int(i % 3 > 0)} for i in range(30))
+    builder = SimpleNamespace(hash="0", download_and_prepare=lambda: None, as_dataset=lambda split: table)
+    monkeypatch.setattr(HubLabels, "_builder", builder)
+    sizes: dict[str, Any] = {"context": 16, "batch_size": 2, "vocab_size": 260, "cache_dir": tmp_path}
+    data = HubGlue("given", val="train", test="train", **sizes)
+    data.prepare_data()
+    data.setup()
+    assert data.classes == ["not_equivalent", "equivalent"]
+    assert data.training_labels().tolist() == [row["label"] for row in table]
+    scores = SequenceScores(["f1"], num_classes=2)
+    guess = torch.tensor([[0.0, 1.0]]).expand(30, 2)
+    scores.update(guess, guess, torch.from_numpy(data.training_labels()))
+    assert scores.compute()["f1"] == pytest.approx(0.8)
 
 
 class TestHub:

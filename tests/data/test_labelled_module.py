@@ -158,6 +158,8 @@ def test_numbers_as_labels(tmp_path: Path) -> None:
 def test_classes_stand_in_order() -> None:
     assert order_classes({"10", "9", "-1"}) == ["-1", "9", "10"]
     assert order_classes({"b", "10", "a"}) == ["10", "a", "b"]
+    assert order_classes({"equivalent", "not_equivalent"}) == ["equivalent", "not_equivalent"]
+    assert order_classes({"b", "c", "a"}, ["c", "d", "a", "b"]) == ["c", "a", "b"]
 
 
 def test_an_adopted_tokenizer_is_used_and_names_the_cache(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from data.tiny_pairs import ready
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomoe.data.pair_batches import PADDING, BucketSampler, PairBatches, cut, evaluation_batches
+from evomoe.data.pair_batches import PADDING, BucketSampler, PairBatches, cut, evaluation_batches, sample_batches
 from evomoe.errors import ConfigError
 
 LENGTHS = st.lists(st.integers(2, 40), min_size=4, max_size=60).map(np.array)
@@ -120,6 +120,25 @@ class TestEvaluation:
         real = [index for batch in batches for index in batch if index != PADDING]
         assert sorted(real) == list(range(len(lengths)))
         assert all(len(batch) * lengths[batch].max() <= 64 for batch in batches if batch != [PADDING])
+
+
+class TestSample:
+    @settings(max_examples=40, deadline=None)
+    @given(lengths=LENGTHS, count=st.integers(0, 70), world_size=st.integers(1, 4))
+    def test_processes_share_out_the_same_pairs(self, lengths: np.ndarray, count: int, world_size: int) -> None:
+        ranks = [sample_batches(lengths, count, 64, rank, world_size) for rank in range(world_size)]
+        shares = [[index for batch in batches for index in batch] for batches in ranks]
+        drawn = sorted(index for share in shares for index in share)
+        assert len(set(drawn)) == len(drawn) == min(count, len(lengths))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        assert drawn == sorted(index for batch in sample_batches(lengths, count, 64, 0, 1) for index in batch)
+        assert all(len(batch) * lengths[batch].max() <= 64 for batches in ranks for batch in batches)
+
+    def test_it_is_as_long_as_the_split_on_average(self) -> None:
+        lengths = np.sort(np.random.default_rng(0).integers(2, 40, 1000))
+        drawn = [index for batch in sample_batches(lengths, 64, 512, 0, 1) for index in batch]
+        assert lengths[drawn].mean() == pytest.approx(lengths.mean(), rel=0.1)
+        assert (lengths[drawn].min(), lengths[drawn].max()) == pytest.approx((2, 39), abs=2)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -77,7 +77,7 @@ class PhasedTask(L.LightningModule):
             "loss": loss,
             "task_loss": loss.detach(),
             "routings": [routing(tokens, active) for _ in range(self.layers)],
-            "work": Work(positions=2 * SEQUENCE, tokens=tokens, forward_flops=2 * SEQUENCE * self.model.flops(active)),
+            "work": Work(tokens=tokens, forward_flops=2 * SEQUENCE * self.model.flops(active)),
         }
 
     def validation_step(self, batch, batch_idx):

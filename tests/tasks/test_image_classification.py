@@ -125,7 +125,7 @@ def test_the_loss_is_that_of_smoothed_labels_and_work_is_charged():
     expected = -(targets * task(batch["images"]).log_softmax(dim=1)).sum(dim=1).mean()
     torch.testing.assert_close(outputs["task_loss"], expected.detach())
     work = outputs["work"]
-    assert work.positions == work.tokens == 4 * 4
+    assert work.tokens == 4 * 4
     assert work.forward_flops == pytest.approx(4 * task.model.flops_per_image(1.0))
 
 

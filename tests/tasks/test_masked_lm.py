@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -101,6 +102,20 @@ def test_two_evaluations_hide_the_same_words():
     assert losses[0] == losses[1]
 
 
+def test_an_evaluation_draws_on_the_cpu_wherever_the_model_is(monkeypatch):
+    class SeenError(Exception):
+        pass
+
+    def mask(batch: Any, generator: torch.Generator) -> None:
+        raise SeenError(generator.device.type, generator.initial_seed())
+
+    task = make_task().to("meta")
+    monkeypatch.setattr(task, "_mask", mask)
+    task._trainer = SimpleNamespace(world_size=2, global_rank=1)
+    with pytest.raises(SeenError, match=r"\('cpu', 7\)"):
+        task.validation_step({}, 3)
+
+
 def test_training_learns_the_frequent_word_with_a_router_that_is_not_causal():
     task, trainer = make_task(ExpertChoice), make_trainer(max_steps=60)
     before = make_trainer().validate(task, datamodule=Windows(), verbose=False)[0]
@@ -118,7 +133,7 @@ def test_work_is_charged_for_the_scored_positions():
     torch.manual_seed(3)
     _, chosen = task._mask(batch, None)
     share = int(chosen.sum()) / chosen.numel()
-    assert outputs["work"].positions == outputs["work"].tokens == 4 * S
+    assert outputs["work"].tokens == 4 * S
     assert outputs["work"].forward_flops == pytest.approx(4 * S * task.model.flops_per_token(S, 1.0, scored=share))
 
 

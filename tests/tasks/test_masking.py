@@ -48,6 +48,24 @@ def test_words_are_hidden_whole():
     assert sum(states == {True} for states in words.values()) / len(words) == pytest.approx(0.3, abs=0.03)
 
 
+def test_where_every_token_begins_a_word_the_last_is_chosen_as_often_as_others():
+    starts = torch.ones(MASK, dtype=torch.bool)
+    tokens = tokens_of(4000, 6)
+    _, chosen = mask_tokens(tokens, None, share=0.15, mask_id=MASK, word_starts=starts, generator=generator())
+    assert chosen.float().mean(dim=0).tolist() == pytest.approx([0.15] * 6, abs=0.02)
+    assert torch.corrcoef(chosen.t().float()).fill_diagonal_(0).abs().max() < 0.06
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_generator_of_the_cpu_hides_the_same_words_on_a_gpu():
+    tokens = tokens_of(8, 20)
+    here, there = (
+        mask_tokens(tokens.to(device), None, share=0.3, mask_id=MASK, generator=generator())
+        for device in ("cpu", "cuda")
+    )
+    assert all(torch.equal(one, other.cpu()) for one, other in zip(here, there, strict=True))
+
+
 @given(seed=st.integers(0, 1000), share=st.floats(0.01, 0.99), whole=st.booleans(), length=st.integers(0, 7))
 def test_padding_is_never_chosen_and_draws_repeat(seed, share, whole, length):
     tokens = tokens_of(3, 7, seed)

@@ -162,7 +162,7 @@ def test_a_step_is_the_mean_of_its_sequences_and_their_work_is_charged():
         logits, _ = task.model(batch["tokens"], valid=batch["valid"])
     assert outputs["task_loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, batch["labels"])))
     work = outputs["work"]
-    assert (work.positions, int(work.tokens)) == (8 * S, int(batch["valid"].sum()))
+    assert int(work.tokens) == int(batch["valid"].sum())
     assert routing.rows == work.tokens
     assert work.forward_flops == pytest.approx(task.model.forward_flops(8, S, int(work.tokens) / (8 * S)))
 

@@ -81,7 +81,18 @@ def test_the_test_translates_everything_by_beam_search(tmp_path: Path) -> None:
     assert float(values["test/exact_match"]) == 0
 
 
-def test_a_validation_translates_the_first_sentences(tmp_path: Path) -> None:
+def test_a_validation_translates_the_same_sample_of_the_split_however_few_batches_it_has(tmp_path: Path) -> None:
+    data = ready(tmp_path, eval_batch_tokens=32)
+    expected = torch.randperm(9, generator=torch.Generator().manual_seed(0))[:4].tolist()
+    for _ in range(2):
+        task, trainer = make_task(val_sentences=4), make_trainer(limit_val_batches=1)
+        trainer.validate(task, datamodule=data, verbose=False)
+        found = [sentence.index for sentence in task.translations]
+        assert sorted(found) == sorted(expected)
+        assert all(sentence.source == data.texts("val", sentence.index)[0] for sentence in task.translations)
+
+
+def test_a_validation_translates_as_many_sentences_as_it_is_asked_for(tmp_path: Path) -> None:
     data = data_module(tmp_path, eval_batch_tokens=64)
     for count, expected in ((3, 3), (0, 0), (100, 9)):
         task, trainer = make_task(val_sentences=count), make_trainer()
@@ -94,6 +105,7 @@ def test_training_learns_to_translate(tmp_path: Path) -> None:
     task, data = make_task(val_sentences=10, label_smoothing=0.0), data_module(tmp_path, pairs=10)
     # The training sentences, to be known by heart.
     data.val_dataloader = lambda: data._evaluation_loader("train")
+    data.sample = lambda split, count: type(data).sample(data, "train", count)
     data.texts = lambda split, index: type(data).texts(data, "train", index)
     trainer = make_trainer(max_steps=300)
     trainer.fit(task, datamodule=data)
@@ -127,7 +139,6 @@ def test_work_is_charged_for_both_stacks(tmp_path: Path) -> None:
     batch = next(iter(ready(tmp_path).train_dataloader()))
     work = task.training_step(batch, 0)["work"]
     (sequences, source), target = batch["source"].shape, batch["valid"].shape[1]
-    assert work.positions == sequences * (source + target)
     assert int(work.tokens) == int(batch["valid"].sum())
     shares = [float(batch[name].float().mean()) for name in ("source_valid", "valid")]  # padding goes to no expert
     assert work.forward_flops == pytest.approx(task.model.forward_flops(sequences, source, target, shares))

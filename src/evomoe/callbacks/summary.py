@@ -40,8 +40,7 @@ class PhaseTotals:
         steps: optimizer steps.
         seconds: wall-clock time without validation.
         tokens: real tokens trained on, by all processes.
-        positions: token positions that the first process computed, padding included.
-        training_flops: of that process.
+        training_flops: of all processes, each taken to do what the first one does.
         rows: rows that experts computed, summed over the MoE layers of the first process.
         routed_tokens: real tokens that reached an MoE layer, summed alike.
         losses: training losses of the last 50 batches.
@@ -53,7 +52,6 @@ class PhaseTotals:
     steps: int = 0
     seconds: float = 0.0
     tokens: int = 0
-    positions: int = 0
     training_flops: float = 0.0
     rows: int = 0
     routed_tokens: int = 0
@@ -65,7 +63,8 @@ class RunSummary(L.Callback):
     """Collects steps, time, work and losses of every phase; a resumed run reports all of its parts as one.
 
     Active experts per token are the rows that experts computed over the real tokens, both summed over MoE layers and
-    batches. Counts and losses stay on the device and are fetched every 100 batches, so that no step waits for them.
+    batches. Speed and FLOPs are those of real tokens too, which bear the FLOPs of the padding beside them. Counts and
+    losses stay on the device and are fetched every 100 batches, so that no step waits for them.
     When the fit ends, ``summary.json`` and ``summary.md`` are written to the trainer's root folder.
     """
 
@@ -103,8 +102,7 @@ class RunSummary(L.Callback):
         self._last_step = trainer.global_step
 
         work: Work = outputs["work"]
-        phase.positions += work.positions
-        phase.training_flops += work.training_flops
+        phase.training_flops += work.training_flops * trainer.world_size
         phase.rows += sum(routing.rows for routing in outputs["routings"])
         self._routed_tokens.extend(routing.num_tokens for routing in outputs["routings"])
         self._tokens.append(torch.as_tensor(work.tokens))
@@ -188,7 +186,7 @@ class RunSummary(L.Callback):
             "tokens": phase.tokens,
             "tokens_per_second": phase.tokens / phase.seconds if phase.seconds else None,
             "active_experts": active,
-            "training_flops_per_token": phase.training_flops / phase.positions if phase.positions else None,
+            "training_flops_per_token": phase.training_flops / phase.tokens if phase.tokens else None,
             "train_loss": sum(phase.losses) / len(phase.losses) if phase.losses else None,
             "validation": phase.validation,
         }
@@ -199,7 +197,6 @@ class RunSummary(L.Callback):
             whole.steps += phase.steps
             whole.seconds += phase.seconds
             whole.tokens += phase.tokens
-            whole.positions += phase.positions
             whole.training_flops += phase.training_flops
             whole.rows += phase.rows
             whole.routed_tokens += phase.routed_tokens

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import lightning as L
+from torch import Tensor
 
 from evomoe.models.flops import Work
 
@@ -13,13 +14,14 @@ from evomoe.models.flops import Work
 class Throughput(L.Callback):
     """Logs ``throughput/tokens_per_second`` and ``throughput/training_flops`` every ``log_every_n_steps``.
 
-    Both are sums over all processes, each taken to do what this one does. FLOPs go on counting in a resumed run. The
-    speed is that of the steps alone: waiting for data, validation and saving are left out.
+    Both are sums over all processes, each taken to do what this one does. Padding is no token, though its FLOPs count.
+    FLOPs go on counting in a resumed run. The speed is that of the steps alone: waiting for data, validation and saving
+    are left out.
     """
 
     def __init__(self) -> None:
         self.training_flops = 0.0
-        self._tokens = 0
+        self._tokens: int | Tensor = 0  # stays on its device between two steps to log
         self._seconds = 0.0
         self._started = 0.0
         self._logged = 0
@@ -36,13 +38,13 @@ class Throughput(L.Callback):
         """Charge one batch, and log when it is a step to log."""
         work: Work = outputs["work"]
         self.training_flops += work.training_flops * trainer.world_size
-        self._tokens += work.positions * trainer.world_size
+        self._tokens = self._tokens + work.tokens * trainer.world_size
         self._seconds += time.perf_counter() - self._started
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not every or step % every or step == self._logged:
             return
         self._logged = step
-        pl_module.log("throughput/tokens_per_second", self._tokens / self._seconds)
+        pl_module.log("throughput/tokens_per_second", float(self._tokens) / self._seconds)
         pl_module.log("throughput/training_flops", self.training_flops)
         self._tokens, self._seconds = 0, 0.0
 

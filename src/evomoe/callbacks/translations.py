@@ -21,7 +21,8 @@ class TranslationSamples(L.Callback):
     begin with ``S`` for the source, ``R`` for the reference and ``H`` for the hypothesis.
 
     Args:
-        count: sentences to show after a validation, the same every time.
+        count: sentences to show after a validation, the same every time: those of the sample that come first in the
+            split.
     """
 
     def __init__(self, count: int = 8) -> None:
@@ -30,11 +31,12 @@ class TranslationSamples(L.Callback):
         self.count = count
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the first of what the task has translated."""
+        """Log some of what the task has translated."""
         if not isinstance(trainer.logger, TensorBoardLogger) or trainer.sanity_checking or not trainer.is_global_zero:
             return
         task: Any = pl_module
-        shown = task.translations[: self.count]
+        # As they come they are sorted by length.
+        shown = sorted(task.translations, key=lambda found: found.index)[: self.count]
         if shown:
             rows = ["| source | reference | hypothesis |", "|---|---|---|"]
             for sentence in shown:

@@ -44,7 +44,8 @@ class LocalePairs(PairCorpus):
     """Things drawn at random and written in two languages: a date, a time, a number, an amount, a measure, a list.
 
     A draw decides what is written, and both languages write it. Sources are distinct, so that no test sentence is a
-    training sentence, and one that would have two translations is left out. The hash of the source decides the split.
+    training sentence, and one that would have two translations is left out, as is what a language cannot write: of a
+    third of them CLDR lacks names of countries, and so some or all lists. The hash of the source decides the split.
 
     Args:
         source: Language that is translated from, as a CLDR locale such as `en` or `pt_BR`.
@@ -62,6 +63,7 @@ class LocalePairs(PairCorpus):
         self._draws = pairs
         self._locales = _locale("source", source), _locale("target", target)
         self._splits: dict[str, list[Pair]] | None = None
+        self._unwritten = 0
 
     def identity(self) -> dict[str, Any]:
         """Return the languages, the number of draws, and the version of Babel."""
@@ -78,6 +80,11 @@ class LocalePairs(PairCorpus):
         """Say that more pairs are needed."""
         return f"data.pairs={self._draws} leaves no pair for the {split} split: draw more"
 
+    def notes(self) -> dict[str, int]:
+        """Return how many draws were left out because a language cannot write them."""
+        unwritten = {"draws left out that CLDR cannot write in a language": self._unwritten} if self._unwritten else {}
+        return super().notes() | unwritten
+
     def _read(self, split: str, progress: Progress) -> Iterator[Pair]:
         if self._splits is None:
             self._splits = self._write(progress)
@@ -89,8 +96,12 @@ class LocalePairs(PairCorpus):
         translations: dict[str, str | None] = {}
         for number in range(self._draws):
             writer = draw()
-            source, target = (writer(locale) for locale in self._locales)
-            translations[source] = target if translations.get(source, target) == target else None
+            try:
+                source, target = (writer(locale) for locale in self._locales)
+            except KeyError:  # a word that CLDR does not have in one of the languages
+                self._unwritten += 1
+            else:
+                translations[source] = target if translations.get(source, target) == target else None
             if number % _REPORT_EVERY == 0:
                 progress.update(task, completed=number)
         progress.remove_task(task)

@@ -116,7 +116,7 @@ class EmbeddedCorpus(Corpus):
             self._versions[package] = _version(package)
         self._unreadable = 0
         self._duplicates = 0
-        self._documents: dict[str, list[str]] | None = None
+        self._splits: dict[str, list[Source]] | None = None
 
     def identity(self) -> dict[str, Any]:
         """Return the options and the version of every package: the text follows from them."""
@@ -129,20 +129,24 @@ class EmbeddedCorpus(Corpus):
 
     def pieces(self, split: str, progress: Progress) -> Iterator[Piece]:
         """Yield the documents of a split; the first call reads every file."""
-        if self._documents is None:
-            self._documents = _split(self.sources(progress))
-        return (Piece(document, ends_document=True) for document in self._documents[split])
+        return (Piece("\n\n".join(source.texts), ends_document=True) for source in self.splits(progress)[split])
+
+    def splits(self, progress: Progress) -> dict[str, list[Source]]:
+        """Return the files of each split with what they contribute to it; the first call reads every file.
+
+        Args:
+            progress: Where the reading is shown.
+        """
+        if self._splits is None:
+            self._splits = _split(self._sources(progress))
+        return self._splits
 
     def notes(self) -> dict[str, int]:
         """Count the files that could not be read or parsed, and the texts that stood twice."""
         return {"unreadable_files": self._unreadable, "duplicate_texts": self._duplicates}
 
-    def sources(self, progress: Progress) -> list[Source]:
-        """Read every file, and return what each has to say that is neither trivial nor said before, sorted by path.
-
-        Args:
-            progress: Where the reading is shown.
-        """
+    def _sources(self, progress: Progress) -> list[Source]:
+        """Read every file, and return what each has to say that is neither trivial nor said before, sorted by path."""
         with _no_garbage_collection():
             files = self._files()
             if self.max_bytes is not None:
@@ -247,12 +251,12 @@ def _cap(sources: Iterable[Source], max_bytes: int) -> Iterator[Source]:
         yield source
 
 
-def _split(sources: list[Source]) -> dict[str, list[str]]:
-    documents: dict[str, list[str]] = {split: [] for split in SPLITS}
+def _split(sources: list[Source]) -> dict[str, list[Source]]:
+    splits: dict[str, list[Source]] = {split: [] for split in SPLITS}
     trained: set[bytes] = set()
     for source in sources:
         if source.split == "train":
-            documents["train"].append("\n\n".join(source.texts))
+            splits["train"].append(source)
             trained.update(text_key(paragraph) for text in source.texts for paragraph in _paragraphs(text))
     for source in sources:
         if source.split != "train":
@@ -263,8 +267,8 @@ def _split(sources: list[Source]) -> dict[str, list[str]]:
                 if _is_short(paragraph) or text_key(paragraph) not in trained
             ]
             if not all(map(_is_short, paragraphs)):
-                documents[source.split].append("\n\n".join(paragraphs))
-    return documents
+                splits[source.split].append(Source(source.path, paragraphs))
+    return splits
 
 
 def _is_short(paragraph: str) -> bool:

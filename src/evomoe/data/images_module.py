@@ -6,6 +6,7 @@ Shapes: B batch, C channels, H height, W width.
 from __future__ import annotations
 
 from functools import cached_property
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -198,8 +199,36 @@ class ImageDataModule(LightningDataModule):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the images are and the names of their classes, as plain values."""
-        return {"fingerprint": self.fingerprint, "identity": self.identity, "classes": self.classes}
+        """Return what the images are, the names of their classes, and their mean and deviation, as plain values."""
+        return {
+            "fingerprint": self.fingerprint,
+            "identity": self.identity,
+            "classes": self.classes,
+            "mean": self.mean.tolist(),
+            "std": self.std.tolist(),
+        }
+
+    def check_meaning(self, state_dict: dict[str, Any]) -> None:
+        """Check that a checkpoint can be measured on these images, which may be others than those it is of.
+
+        Args:
+            state_dict: What `state_dict` returned for the checkpoint.
+
+        Raises:
+            ConfigError: Classes have other numbers, or channels are normalised in another way.
+        """
+        there, here = state_dict["classes"], self.classes
+        if there != here:
+            raise ConfigError(
+                f"the checkpoint was trained on other classes ({shorten(str(there), 200)}) than these images have "
+                f"({shorten(str(here), 200)}); restore the training images"
+            )
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if not np.allclose(state_dict.get(name, value), value):  # older checkpoints do not say
+                raise ConfigError(
+                    f"the checkpoint was trained on images of another {name} of the channels ({state_dict[name]}) than "
+                    f"these ({value.tolist()}), by which they are normalised; restore the training images"
+                )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that a checkpoint belongs to these images.

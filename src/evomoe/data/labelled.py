@@ -124,6 +124,10 @@ class LabelledCorpus(ABC):
             else:
                 self._blank[split] += 1
 
+    def classes(self) -> list[str] | None:
+        """Return the names of the classes in an order that the data give; None if they give none. Known once read."""
+        return None
+
     def explain_empty(self, split: str) -> str:
         """Say why a split holds no row, and what to do about it."""
         return f"data.{split} holds no labelled sentence; give data with some"

@@ -19,8 +19,8 @@ PACKAGES = ("networkx", "numpy", "scipy", "sympy", "torch")
 ALIASES = ("np", "nx", "sp", "sps", "plt", "fft", "linalg")
 """Names under which documentation imports them, or that stand in the path of a few of them."""
 
-_FORMAT = 1
-_HELD_OUT = 0.15  # share of the files that go to val, and to test
+_FORMAT = 2
+_VAL = 0.4  # share of the held-out paragraphs that are val; the others are the test
 _SHORTEST = 60  # characters of a paragraph without the names
 # Examples and markup, and sections, whose underlined titles tell a style of writing rather than a subject.
 _CODE = re.compile(r"^\s*(>>>|\.\.\s|:|[-=~]{3,}\s*$)|::\s*$", re.MULTILINE)
@@ -30,9 +30,10 @@ class DocstringOrigin(LabelledCorpus):
     """Paragraphs of docstrings, labelled with the package that they document.
 
     All words that hold the name of one of the packages are taken out of every paragraph, as are their usual aliases
-    with what follows the point: the label never stands in the text. Splits go by file, by a stable hash of the relative
-    path; a paragraph that occurs twice anywhere (white space and case aside) is kept once. In every split each package
-    has as many paragraphs as the others: those of the smallest hash of their text.
+    with what follows the point: the label never stands in the text. Training reads the files that `docs` trains on, and
+    val and test share out what it holds out: a model that was pretrained on `docs` has read none of it. A paragraph
+    that occurs twice anywhere (white space and case aside) is kept once, for training if it stands there. In every
+    split each package has as many paragraphs as the others: those of the smallest hash of their text.
 
     Args:
         packages: Names of installed packages, the classes.
@@ -60,24 +61,37 @@ class DocstringOrigin(LabelledCorpus):
         self._splits: dict[str, list[Row]] | None = None
 
     def identity(self) -> dict[str, Any]:
-        """Return the options and the version of every package: the rows follow from them."""
+        """Return the options, the version of every package and that of `docs`: the rows follow from them."""
+        docs = self._corpus.identity()
         return {
             "corpus": "docstring_packages",
             "corpus_format": _FORMAT,
+            "docs_format": docs["corpus_format"],
             "per_class": self._per_class,
-            "packages": self._corpus.identity()["packages"],
+            "packages": docs["packages"],
         }
+
+    def explain_empty(self, split: str) -> str:
+        """Say that a package is too small."""
+        return (
+            f"one of data.packages=[{','.join(self._packages)}] has no paragraph for {split}, as few of its files are "
+            "held out: choose packages with more documentation"
+        )
 
     def _read(self, split: str, progress: Progress) -> Iterator[Row]:
         if self._splits is None:
             self._splits = self._balance(self._collect(progress))
         return iter(self._splits[split])
 
-    def _collect(self, progress: Progress) -> dict[tuple[str, str], list[Row]]:
-        """Return the paragraphs by split and package."""
-        found: dict[tuple[str, str], list[Row]] = {(s, package): [] for s in SPLITS for package in self._packages}
+    def _collect(self, progress: Progress) -> dict[tuple[bool, str], list[Row]]:
+        """Return the paragraphs by whether they are for training, and by package."""
+        found: dict[tuple[bool, str], list[Row]] = {
+            (trains, package): [] for trains in (True, False) for package in self._packages
+        }
         seen: set[bytes] = set()
-        for source in self._corpus.sources(progress):
+        sources = self._corpus.splits(progress)
+        # Training first: what also stands there is not held out.
+        for source in (source for split in SPLITS for source in sources[split]):
             package = source.path.partition("/")[0]
             for paragraph in (part for text in source.texts for part in text.split("\n\n")):
                 if _CODE.search(paragraph):
@@ -86,20 +100,18 @@ class DocstringOrigin(LabelledCorpus):
                 key = text_key(text.lower())
                 if len(text) >= _SHORTEST and key not in seen:
                     seen.add(key)
-                    found[_split_of(source.path), package].append(Row(text, None, package, source.path))
+                    found[source.split == "train", package].append(Row(text, None, package, source.path))
         return found
 
-    def _balance(self, found: dict[tuple[str, str], list[Row]]) -> dict[str, list[Row]]:
-        splits = {}
-        for split in SPLITS:
-            count = min(len(found[split, package]) for package in self._packages)
-            if split == "train" and self._per_class is not None:
-                count = min(count, self._per_class)
-            ranked = (sorted(found[split, package], key=lambda row: unit_hash(row.first)) for package in self._packages)
-            splits[split] = [row for rows in zip(*(rows[:count] for rows in ranked), strict=True) for row in rows]
-        return splits
+    def _balance(self, found: dict[tuple[bool, str], list[Row]]) -> dict[str, list[Row]]:
+        def rounds(trains: bool) -> list[tuple[Row, ...]]:
+            """Return one paragraph of each package at a time, until the smallest has no more."""
+            ranked = (
+                sorted(found[trains, package], key=lambda row: unit_hash(row.first)) for package in self._packages
+            )
+            return list(zip(*ranked, strict=False))
 
-
-def _split_of(path: str) -> str:
-    position = unit_hash(path, "labelled")
-    return "val" if position < _HELD_OUT else "test" if position < 2 * _HELD_OUT else "train"
+        train, held_out = rounds(True)[: self._per_class], rounds(False)
+        count = round(_VAL * len(held_out))
+        splits = {"train": train, "val": held_out[:count], "test": held_out[count:]}
+        return {split: [row for rows in part for row in rows] for split, part in splits.items()}

@@ -16,6 +16,7 @@ from evomoe.data.labelled import ColumnChoice, LabelledCorpus, Row, select
 from evomoe.data.text_files import digest, lines
 from evomoe.errors import ConfigError
 
+BAD_LINES = ("refuse", "drop")
 _SUFFIXES = (".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz")
 _REPORT_EVERY = 1000  # lines between two movements of a bar
 
@@ -30,9 +31,11 @@ class LabelledFiles(LabelledCorpus):
         columns: Which of them to read.
         header: Names of the columns of `.tsv` files that begin without a header.
         holdout: Share of the training rows that is held out for each missing split.
+        bad_lines: Whether a line of too many or too few fields, or that is no JSON object, is an error (`refuse`) or is
+            left out and counted (`drop`).
 
     Raises:
-        ConfigError: A file does not exist, or is of another kind.
+        ConfigError: A file does not exist, or is of another kind, or `bad_lines` is unknown.
     """
 
     def __init__(
@@ -43,12 +46,19 @@ class LabelledFiles(LabelledCorpus):
         columns: ColumnChoice,
         header: Sequence[str] | None = None,
         holdout: float = 0.05,
+        bad_lines: str = "refuse",
     ) -> None:
         super().__init__()
+        if bad_lines not in BAD_LINES:
+            raise ConfigError(
+                f"data.bad_lines={bad_lines} is unknown; use data.bad_lines=refuse or data.bad_lines=drop"
+            )
         given = {"train": train, "val": val, "test": test}
         self._files = {split: _find(split, path) for split, path in given.items() if path is not None}
         self._columns = columns
         self._header = None if header is None else list(header)
+        self._drops_bad_lines = bad_lines == "drop"
+        self._bad_lines: dict[str, int] = {}
         self._holdout = HoldOut([split for split in SPLITS if split not in self._files], holdout)
 
     def identity(self) -> dict[str, Any]:
@@ -60,6 +70,8 @@ class LabelledFiles(LabelledCorpus):
             "header": self._header,
             "holdout": self._holdout.fraction if self._holdout.missing else None,
             "files": self._digests,
+            # Only if so: what was read without the option is what it would read.
+            **({"bad_lines": "drop"} if self._drops_bad_lines else {}),
         }
 
     @cached_property
@@ -70,6 +82,11 @@ class LabelledFiles(LabelledCorpus):
         """Tell files too short to hold a split out of from empty ones."""
         return self._holdout.explain_empty(split, "FILE") or super().explain_empty(split)
 
+    def notes(self) -> dict[str, int]:
+        """Return how many rows and lines were left out, by split and by file; complete once all are read."""
+        bad = {f"malformed lines left out of {split}": count for split, count in self._bad_lines.items() if count}
+        return super().notes() | bad
+
     def _read(self, split: str, progress: Progress) -> Iterator[Row]:
         if split in self._files and split != "train":
             return self._rows(split, progress)
@@ -77,7 +94,8 @@ class LabelledFiles(LabelledCorpus):
 
     def _rows(self, split: str, progress: Progress) -> Iterator[Row]:
         file = self._files[split]
-        records = self._json(file) if ".jsonl" in file.suffixes else self._fields(file)
+        self._bad_lines[split] = 0
+        records = self._json(split) if ".jsonl" in file.suffixes else self._fields(split)
         task = progress.add_task(f"reading {split}", total=None)
         names = None
         for count, (number, record) in enumerate(records):
@@ -90,8 +108,9 @@ class LabelledFiles(LabelledCorpus):
                 progress.update(task, completed=count)
         progress.remove_task(task)
 
-    def _fields(self, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _fields(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield the number of each line of a table and its fields by column."""
+        file = self._files[split]
         header = self._header
         for number, line in enumerate(lines(file), start=1):
             text = line.removeprefix("\ufeff") if number == 1 else line
@@ -99,26 +118,34 @@ class LabelledFiles(LabelledCorpus):
             if header is None:
                 header = fields
             elif len(fields) != len(header):
-                raise ConfigError(
+                self._reject(
+                    split,
                     f"{file}, line {number} has {len(fields)} fields, and there are {len(header)} columns "
-                    f"({', '.join(header)}): every line needs one field for each, with tabs between them"
+                    f"({', '.join(header)}): every line needs one field for each, with tabs between them",
                 )
             else:
                 yield number, dict(zip(header, fields, strict=True))
 
-    def _json(self, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _json(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        file = self._files[split]
         for number, line in enumerate(lines(file), start=1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ConfigError(
-                    f"{file}, line {number}: not JSON ({error.msg}); give one JSON object per line"
-                ) from error
-            if not isinstance(record, dict):
-                raise ConfigError(f"{file}, line {number}: a {type(record).__name__}; give one JSON object per line")
-            yield number, record
+                self._reject(split, f"{file}, line {number}: not JSON ({error.msg}); give one JSON object per line")
+                continue
+            if isinstance(record, dict):
+                yield number, record
+            else:
+                kind = type(record).__name__
+                self._reject(split, f"{file}, line {number}: a {kind}; give one JSON object per line")
+
+    def _reject(self, split: str, message: str) -> None:
+        if not self._drops_bad_lines:
+            raise ConfigError(f"{message}, or leave such lines out with data.bad_lines=drop")
+        self._bad_lines[split] += 1
 
 
 class HubLabels(LabelledCorpus):
@@ -153,6 +180,7 @@ class HubLabels(LabelledCorpus):
         given = {"train": train, "val": val, "test": test}
         self._splits = {split: name for split, name in given.items() if name is not None}
         self._columns = columns
+        self._classes: list[str] | None = None
         self._holdout = HoldOut([split for split in SPLITS if split not in self._splits], holdout)
 
     @cached_property
@@ -166,7 +194,7 @@ class HubLabels(LabelledCorpus):
         """Return the options and the hash that `datasets` gives this revision of the data."""
         return {
             "corpus": "hub_labels",
-            "corpus_format": 1,
+            "corpus_format": 2,
             "name": self._name,
             "config": self._config,
             "revision": self._builder.hash,
@@ -174,6 +202,10 @@ class HubLabels(LabelledCorpus):
             "columns": self._columns.identity(),
             "holdout": self._holdout.fraction if self._holdout.missing else None,
         }
+
+    def classes(self) -> list[str] | None:
+        """Return the names of the classes in the order of their numbers on the Hub, where labels are such numbers."""
+        return self._classes
 
     def explain_empty(self, split: str) -> str:
         """Tell data too small to hold a split out of from an empty split."""
@@ -192,7 +224,7 @@ class HubLabels(LabelledCorpus):
         except (ValueError, OSError) as error:
             raise ConfigError(f"{name}: {first_line(error)}") from error
         columns = self._columns.resolve(table.column_names, name)
-        classes = getattr(table.features[columns.label], "names", None)
+        classes = self._classes = getattr(table.features[columns.label], "names", None)
         table = table.select_columns([column for column in columns if column is not None])
         for number, record in enumerate(track(progress, table, len(table), f"reading {split}"), start=1):
             place = f"{name}, row {number}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ class LabelledDataModule(StoredDataModule[LabelledStore]):
         """Encode the corpus, with a tokenizer trained on it unless one was adopted, unless the cache holds it."""
         LabelledStore.build(self.corpus, self._requested_vocab_size, self._cache_dir, self.regression, self._adopted)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that name the rows and their encoding."""
         return fingerprint(
@@ -130,9 +129,9 @@ class LabelledDataModule(StoredDataModule[LabelledStore]):
         name = self.store.identity["corpus"]
         return f"{name}: {counts} {things} {kind}; vocabulary {self.vocab_size:,}{notes} ({self.fingerprint})"
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the tokenizer, the classes, whether rows are pairs, and the identity of the data, as plain values."""
-        return {**super().state_dict(), "classes": self.classes, "pairs": self.store.pairs}
+    def meaning(self) -> dict[str, Any]:
+        """Return the tokenizer, the classes, and whether rows are pairs."""
+        return {**super().meaning(), "classes": self.classes, "pairs": self.store.pairs}
 
     def train_dataloader(self) -> ResumableDataLoader:
         """Return the shuffled training batches, whose position Lightning saves and restores."""
@@ -205,6 +204,7 @@ class GlueFiles(LabelledDataModule):
         label: Column of the label; None for `label`, or that of GLUE.
         header: Names of the columns of `.tsv` files that begin without a header, as those of CoLA do.
         holdout: Share of the training rows that is held out for each missing split.
+        bad_lines: Whether a malformed line is an error (`refuse`) or is left out (`drop`), see `LabelledFiles`.
         options: Those of `LabelledDataModule`.
     """
 
@@ -218,10 +218,11 @@ class GlueFiles(LabelledDataModule):
         label: str | None = None,
         header: Sequence[str] | None = None,
         holdout: float = 0.05,
+        bad_lines: str = "refuse",
         **options: Any,
     ) -> None:
         columns = ColumnChoice(sentence1, sentence2, label)
-        super().__init__(LabelledFiles(train, val, test, columns, header, holdout), **options)
+        super().__init__(LabelledFiles(train, val, test, columns, header, holdout, bad_lines), **options)
 
 
 class HubGlue(LabelledDataModule):

@@ -132,8 +132,15 @@ class LabelledStore:
         return build_folder(cache_dir, identity, write)
 
 
-def order_classes(labels: set[str]) -> list[str]:
-    """Return the classes in order: by value if all are numbers, else by name."""
+def order_classes(labels: set[str], given: list[str] | None = None) -> list[str]:
+    """Return the classes in order: as given, or else by value if all are numbers, or else by name.
+
+    Args:
+        labels: Names of the classes.
+        given: An order of these, and perhaps of more; None if the data have none.
+    """
+    if given is not None:
+        return [name for name in given if name in labels]
     try:
         return sorted(labels, key=float)
     except ValueError:
@@ -164,7 +171,8 @@ def _write(
 
 
 def _classes(corpus: LabelledCorpus, progress: Progress) -> list[str]:
-    classes = order_classes({row.label for row in corpus.rows("train", progress)})
+    found = {row.label for row in corpus.rows("train", progress)}
+    classes = order_classes(found, corpus.classes())
     if not classes:
         raise ConfigError(corpus.explain_empty("train"))
     if len(classes) == 1:

@@ -124,7 +124,7 @@ class BucketSampler(TrainingSampler):
 def evaluation_batches(lengths: np.ndarray, batch_tokens: int, world_size: int) -> list[list[int]]:
     """Cut a split into batches of about one length, and add batches of padding for processes that would have none.
 
-    They come in an order drawn once for all, so that the first of them are a sample of the split.
+    They come in an order drawn once for all: each batch is of one length, and the first few are of a few lengths only.
 
     Args:
         lengths: Tokens of the longer side of each pair, its end included.
@@ -136,6 +136,26 @@ def evaluation_batches(lengths: np.ndarray, batch_tokens: int, world_size: int) 
     batches = [ranked[start:end].tolist() for start, end in pairwise(cuts)]
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()
     return [batches[number] for number in order] + [[PADDING]] * (-len(batches) % world_size)
+
+
+def sample_batches(lengths: np.ndarray, count: int, batch_tokens: int, rank: int, world_size: int) -> list[list[int]]:
+    """Draw pairs from a whole split, once for all, and cut the share of a process into batches of about one length.
+
+    However many processes there are, they draw the same pairs.
+
+    Args:
+        lengths: Tokens of the longer side of each pair, its end included.
+        count: Pairs that all processes draw together; those of the split are the most.
+        batch_tokens: Most tokens of a side of a batch, padding included.
+        rank: This process.
+        world_size: Number of processes.
+    """
+    drawn = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).numpy()[:count]
+    mine = drawn[rank::world_size]
+    if not len(mine):
+        return []
+    ranked = mine[np.argsort(lengths[mine], kind="stable")]
+    return [ranked[start:end].tolist() for start, end in pairwise(cut(lengths[ranked], batch_tokens, 1))]
 
 
 class BatchList(Dataset[Batch]):

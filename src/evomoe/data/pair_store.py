@@ -21,7 +21,7 @@ import numpy as np
 from rich.progress import Progress
 
 from evomoe.data.cache import build_folder
-from evomoe.data.corpus import SPLITS, fingerprint
+from evomoe.data.corpus import SPLITS
 from evomoe.data.parallel import Pair, PairCorpus
 from evomoe.data.token_store import TokenFile, check_vocab_size, id_dtype
 from evomoe.data.tokenizer import Tokenizer
@@ -105,7 +105,6 @@ class PairStore:
             raise ConfigError(
                 f"the data cache {directory} is damaged ({error}); delete the folder to rebuild"
             ) from error
-        self.fingerprint = fingerprint(self.identity)
         self._directory = directory
         self._dtype: str = meta["dtype"]
 

@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from evomoe.data.cldr import LocalePairs
-from evomoe.data.pair_batches import BatchList, BucketSampler, PairBatches, evaluation_batches
+from evomoe.data.pair_batches import BatchList, BucketSampler, PairBatches, evaluation_batches, sample_batches
 from evomoe.data.pair_store import PairStore
 from evomoe.data.parallel import HubPairs, PairCorpus, ParallelFiles
 from evomoe.data.sampling import Batch, ResumableDataLoader, evaluation_loader, rank_and_world_size, training_loader
@@ -79,6 +79,18 @@ class PairDataModule(StoredDataModule[PairStore]):
         """
         source, target = self.store.pairs(split)[index]
         return self.tokenizer.decode(source.tolist()), self.tokenizer.decode(target.tolist())
+
+    def sample(self, split: str, count: int) -> list[Batch]:
+        """Return this process's share of `count` pairs drawn from a whole split, the same every time, in batches.
+
+        Args:
+            split: `train`, `val` or `test`.
+            count: Pairs for all processes together; all of the split if it has less.
+        """
+        lengths = self._lengths(split).clip(max=self.context)
+        pairs = self._batches(split)
+        batches = sample_batches(lengths, count, self.eval_batch_tokens, *rank_and_world_size())
+        return [pairs[batch] for batch in batches]
 
     def describe(self) -> str:
         """Return one line for the log: what the pairs are, how many, and how many are too long."""

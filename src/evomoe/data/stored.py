@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, ClassVar, Generic, TypeVar
 
 from lightning.pytorch import LightningDataModule
 
-from evomoe.data.corpus import fingerprint
+from evomoe.data.corpus import fingerprint, flatten
 from evomoe.data.labelled_store import LabelledStore
 from evomoe.data.pair_store import PairStore
 from evomoe.data.token_store import TokenStore
@@ -66,7 +66,7 @@ class StoredDataModule(LightningDataModule, Generic[Store]):
         if self._store is None:
             self._store = self.store_class(self._cache_dir / self.fingerprint)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that name the text and its encoding."""
         return fingerprint(self.store_class.identity_of(self.corpus, self._requested_vocab_size))
@@ -88,13 +88,13 @@ class StoredDataModule(LightningDataModule, Generic[Store]):
         """Number of tokens that the tokenizer really has."""
         return self.tokenizer.vocab_size
 
+    def meaning(self) -> dict[str, Any]:
+        """Return what the numbers in a batch stand for, as plain values: the tokenizer."""
+        return {"tokenizer": self.tokenizer.to_json()}
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the tokenizer, for generation without the corpus, and the identity of the data, as plain values."""
-        return {
-            "tokenizer": self.tokenizer.to_json(),
-            "fingerprint": self.fingerprint,
-            "identity": self.store.identity,
-        }
+        """Return what numbers stand for, for use without the corpus, and the identity of the data, as plain values."""
+        return {**self.meaning(), "fingerprint": self.fingerprint, "identity": self.store.identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that a checkpoint belongs to this data.
@@ -103,28 +103,46 @@ class StoredDataModule(LightningDataModule, Generic[Store]):
             ConfigError: It was trained on other text, or with another tokenizer.
         """
         if state_dict["fingerprint"] != self.fingerprint:
-            there: dict[str, Any] = _flatten(state_dict["identity"])
-            here: dict[str, Any] = _flatten(self.store.identity)
-            changes = [
-                f"{name} {there.get(name)} -> {here.get(name)}"
-                for name in sorted({*there, *here})
-                if there.get(name) != here.get(name)
-            ]
-            more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
             raise ConfigError(
-                f"the checkpoint was trained on other data ({', '.join(changes[:3])}{more}); "
+                f"the checkpoint was trained on other data ({self._changes_since(state_dict)}); "
                 "restore these or start a new run"
             )
+        self.check_meaning(state_dict)
+
+    def check_meaning(self, state_dict: dict[str, Any]) -> None:
+        """Check that a checkpoint can be measured on this data, whose texts may be others than those it is of.
+
+        Args:
+            state_dict: What `state_dict` returned for the checkpoint.
+
+        Raises:
+            ConfigError: Numbers stand for something else than in the checkpoint.
+        """
         if Tokenizer.from_json(state_dict["tokenizer"]).to_json() != self.tokenizer.to_json():
+            if state_dict["fingerprint"] != self.fingerprint:
+                raise ConfigError(
+                    "the checkpoint's tokenizer is not that of this data, of which the training text has changed "
+                    f"({self._changes_since(state_dict)}); restore it, and note that a file for val or test in place "
+                    "of what was held out changes it too"
+                )
             raise ConfigError(
                 f"the checkpoint's tokenizer is not the one in {self._cache_dir / self.fingerprint}, which another "
                 "version of the tokenizers package may have trained; install that of the checkpoint, delete the folder"
             )
+        for name, here in self.meaning().items():
+            there = state_dict[name]
+            if name != "tokenizer" and here != there:
+                raise ConfigError(
+                    f"the checkpoint was trained on other {name} ({shorten(str(there), 200)}) than this data have "
+                    f"({shorten(str(here), 200)}); restore data.train"
+                )
 
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return `{"a.b": 1}` for `{"a": {"b": 1}}`."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+    def _changes_since(self, state_dict: dict[str, Any]) -> str:
+        there: dict[str, Any] = flatten(state_dict["identity"])
+        here: dict[str, Any] = flatten(self.store.identity)
+        changes = [
+            f"{name} {there.get(name)} -> {here.get(name)}"
+            for name in sorted({*there, *here})
+            if there.get(name) != here.get(name)
+        ]
+        return ", ".join(changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")

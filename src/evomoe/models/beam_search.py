@@ -62,10 +62,10 @@ def beam_search(
 ) -> list[list[Hypothesis]]:
     """Translate each source, in eval mode and without gradients.
 
-    Every step looks at the ``2 W`` likeliest continuations of a sentence: those that end are finished, and the best
-    ``W`` others stay open, so that an end never narrows the beam. A sentence is done when ``W`` hypotheses have
-    finished and none that is open scores better at its length, or at ``max_length``, where what is open is taken as it
-    is. With ``beam=1`` this is greedy decoding.
+    Every step looks at the ``2 W`` likeliest continuations of a sentence: those that end are finished if they are among
+    the first ``W``, and dropped if not; the best ``W`` others stay open, so that an end never narrows the beam. A
+    sentence is done when ``W`` hypotheses have finished and none that is open scores better at its length, or at
+    ``max_length``, where what is open is taken as it is. With ``beam=1`` this is greedy decoding.
 
     Args:
         model: the network.

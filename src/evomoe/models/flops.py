@@ -25,13 +25,12 @@ class Work:
     """What one forward pass of a batch does.
 
     Args:
-        positions: token positions that it computes, padding included.
-        tokens: real tokens among them, for which there is a loss; a number, or a 0-dim tensor.
-        forward_flops: of its matrix products, with the rows that the experts really computed. What activation
-            checkpointing computes a second time is not charged: it buys memory, and belongs to no method.
+        tokens: real tokens, without padding, whether or not there is a loss for each; in a translation those of the
+            target alone. A number, or a 0-dim tensor.
+        forward_flops: of its matrix products, padding's too, with the rows that the experts really computed. What
+            activation checkpointing computes a second time is not charged: it buys memory, and belongs to no method.
     """
 
-    positions: int
     tokens: int | Tensor
     forward_flops: float
 

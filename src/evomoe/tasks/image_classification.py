@@ -76,7 +76,7 @@ class ImageClassification(MoETask):
             loss = share * loss + (1 - share) * other_loss
         positions = len(labels) * self.model.num_tokens
         flops = self.model.flops_per_image([routing.rows / positions for routing in routings])
-        work = Work(positions=positions, tokens=positions, forward_flops=flops * len(labels))
+        work = Work(tokens=positions, forward_flops=flops * len(labels))
         return self.training_outputs(loss, routings, work)
 
     def on_validation_epoch_start(self) -> None:

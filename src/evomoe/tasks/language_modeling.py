@@ -58,7 +58,7 @@ class LanguageModeling(MoETask):
         positions = sequences * (length - 1)
         rows = [routing.rows / positions for routing in routings]
         forward_flops = positions * self.model.flops_per_token(length - 1, rows)
-        work = Work(positions=positions, tokens=count, forward_flops=forward_flops)
+        work = Work(tokens=count, forward_flops=forward_flops)
         return self.training_outputs(total_loss / count, routings, work)
 
     def on_validation_epoch_start(self) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,22 +16,21 @@ from evomoe.errors import ConfigError
 from evomoe.models.flops import Work
 from evomoe.models.roberta import RoBERTa
 from evomoe.routing import Routing, Words
+from evomoe.routing.hash_tables import count_ids
 from evomoe.tasks.masking import mask_tokens
 from evomoe.tasks.moe_task import Coefficient, MoETask
 from evomoe.tasks.optimization import Optimization
 from evomoe.tasks.rule_means import RuleMeans
-
-READ_AT_ONCE = 2**22
-"""Ids of a split that are counted at once: they become eight bytes each."""
 
 
 class MaskedLanguageModeling(MoETask):
     """Trains a :class:`RoBERTa` on the windows of a causal language model, ``{"tokens": (B, S + 1)}``.
 
     Which tokens are hidden is drawn anew in every step of training, from the random numbers that a resumed run repeats,
-    and alike in every evaluation. The loss is the mean cross-entropy of the chosen tokens. Evaluations log, under both
-    rules, ``loss``, ``perplexity`` of a chosen token, and ``accuracy``; a test also ``unigram_accuracy``, that of
-    guessing the most frequent token of the training split every time.
+    and alike in every evaluation, on a CPU as on a GPU, by as many processes in batches of the same size. The loss is
+    the mean cross-entropy of the chosen tokens. Evaluations log, under both rules, ``loss``, ``perplexity`` of a chosen
+    token, and ``accuracy``; a test also ``unigram_accuracy``, that of guessing the most frequent token of the training
+    split every time.
 
     Args:
         model: the network.
@@ -79,7 +77,7 @@ class MaskedLanguageModeling(MoETask):
         if self.whole_words:
             self.word_starts = torch.tensor(data.tokenizer.word_starts(), device=self.device)
         if stage == "test":
-            self.most_frequent_id = _most_frequent(data.training_ids(), data.vocab_size)
+            self.most_frequent_id = int(count_ids(data.training_ids(), data.vocab_size).argmax())
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """One forward pass; returns the optimized loss, and for the callbacks what was done."""
@@ -89,7 +87,7 @@ class MaskedLanguageModeling(MoETask):
         rows = [routing.rows / inputs.numel() for routing in routings]
         count = int(chosen.sum())
         flops = self.model.flops_per_token(length, rows, scored=count / inputs.numel())
-        work = Work(positions=inputs.numel(), tokens=sequences * length, forward_flops=flops * inputs.numel())
+        work = Work(tokens=sequences * length, forward_flops=flops * inputs.numel())
         return self.training_outputs(total / max(count, 1), routings, work)
 
     def on_validation_epoch_start(self) -> None:
@@ -138,9 +136,9 @@ class MaskedLanguageModeling(MoETask):
         return F.cross_entropy(logits.float(), targets, reduction="sum"), right, routings
 
     def _evaluate(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        # The same masks in every evaluation; other ones in every batch and process.
+        # The same masks in every evaluation; other ones in every batch and process. A GPU would draw other ones.
         seed = batch_idx * self.trainer.world_size + self.global_rank
-        inputs, chosen = self._mask(batch, torch.Generator(self.device).manual_seed(seed))
+        inputs, chosen = self._mask(batch, torch.Generator().manual_seed(seed))
         loss, right, routings = self._guess(batch, inputs, chosen)
         sparse_loss, sparse_right, final_routings = loss, right, routings
         if self.rules_differ():
@@ -159,10 +157,3 @@ class MaskedLanguageModeling(MoETask):
             means[f"perplexity{suffix}"] = means[f"loss{suffix}"].exp()
         # Equal on all processes already; sync_dist keeps Lightning from doubting it.
         self.log_dict({f"{split}/{name}": mean for name, mean in means.items()}, sync_dist=True)
-
-
-def _most_frequent(token_ids: np.ndarray, vocab_size: int) -> int:
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for start in range(0, len(token_ids), READ_AT_ONCE):
-        counts += np.bincount(token_ids[start : start + READ_AT_ONCE], minlength=vocab_size)
-    return int(counts.argmax())

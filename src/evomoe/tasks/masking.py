@@ -30,16 +30,18 @@ def mask_tokens(
         mask_id: what hides a token.
         word_starts: ``(V,)`` bool, whether a token begins a word: a word is then chosen with all of its tokens, each of
             which is hidden by a draw of its own. None chooses each token by itself.
-        generator: of the draws; None for the global one of the device.
+        generator: of the draws, which it makes on its own device; None for the global one of the tokens' device.
 
     Returns:
         The tokens that the model sees, and which were chosen, both ``(B, S)``.
     """
-    draws = torch.rand(3, *tokens.shape, device=tokens.device, generator=generator)
+    device = tokens.device if generator is None else generator.device
+    draws = torch.rand(3, *tokens.shape, device=device, generator=generator).to(tokens.device)
     chance = draws[0]
     if word_starts is not None:
         word = word_starts[tokens].long().cumsum(dim=1)  # (B, S), the number of each token's word in its row
-        chance = torch.nn.functional.pad(chance, (0, 1)).gather(1, word)
+        # Word 0 is what goes on from before the row. Where all S tokens begin a word it is empty, and S takes its draw.
+        chance = chance.gather(1, word % tokens.shape[1])
     chosen = chance < share
     if valid is not None:
         chosen = chosen & valid

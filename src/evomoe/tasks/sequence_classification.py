@@ -91,7 +91,7 @@ class SequenceClassification(MoETask):
         sequences, length = batch["tokens"].shape
         positions = sequences * length
         flops = self.model.forward_flops(sequences, length, [routing.rows / positions for routing in routings])
-        work = Work(positions=positions, tokens=batch["valid"].sum(), forward_flops=flops)
+        work = Work(tokens=batch["valid"].sum(), forward_flops=flops)
         return self.training_outputs(loss, routings, work)
 
     def on_validation_epoch_start(self) -> None:

@@ -35,7 +35,8 @@ CLASS_SCORES: Mapping[str, Callable[[int], Metric]] = {
     "f1": lambda classes: BinaryF1Score() if classes == 2 else MulticlassF1Score(classes, average="macro"),
     "matthews": Matthews,
 }
-"""Of predicted classes; ``f1`` is that of class 1 of two, and the mean over the classes of more."""
+"""Of predicted classes; ``f1`` is that of class 1 of two, the last in their order, and the mean over the classes of
+more."""
 
 NUMBER_SCORES: Mapping[str, Callable[[], Metric]] = {"pearson": PearsonCorrCoef, "spearman": SpearmanCorrCoef}
 """Of predicted numbers."""

@@ -5,7 +5,6 @@ Shapes: B batch, M source sequence, S target sequence, V joint vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,9 +32,9 @@ class Translation(MoETask):
 
     The training loss is the mean cross-entropy of a target token with smoothed labels. Evaluations log, under both
     rules, ``loss``, without smoothing, and ``perplexity`` of a target token given the reference before it; and of
-    translations by the model alone ``bleu``, ``chrf`` and ``exact_match``, of the first ``val_sentences`` of the
-    validation split greedily, of the whole test split by beam search. They route by the training rule, which is the
-    final one once a gate has hardened.
+    translations by the model alone ``bleu``, ``chrf`` and ``exact_match``: of ``val_sentences`` drawn from the whole
+    validation split, the same in each validation and whatever its number of batches, greedily; of the whole test split
+    by beam search. They route by the training rule, which is the final one once a gate has hardened.
 
     Args:
         model: the network.
@@ -45,7 +44,7 @@ class Translation(MoETask):
         label_smoothing: share of the probability that the training targets spread over the vocabulary.
         beam: width of the beam search of the test.
         length_penalty: exponent of the length that divides a log-probability in it.
-        val_sentences: sentences to translate in each validation, about; 0 for none.
+        val_sentences: sentences to translate in each validation, by all processes together; 0 for none.
         bleu_tokenizer: how sacrebleu cuts the texts into words: ``13a``, ``intl``, ``char``, ``zh``, ``ja-mecab`` ...
     """
 
@@ -93,7 +92,7 @@ class Translation(MoETask):
         active = [routing.rows / (sequences * source) for routing in routings[:split]]
         active += [routing.rows / (sequences * target) for routing in routings[split:]]
         flops = self.model.forward_flops(sequences, source, target, active)
-        work = Work(positions=sequences * (source + target), tokens=count, forward_flops=flops)
+        work = Work(tokens=count, forward_flops=flops)
         return self.training_outputs(total / count, routings, work)
 
     def on_validation_epoch_start(self) -> None:
@@ -105,11 +104,12 @@ class Translation(MoETask):
         self._begin()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Accumulate the loss under both rules, and translate the first sentences."""
-        share = math.ceil(self.val_sentences / self.trainer.world_size)
-        missing = 0 if self.trainer.sanity_checking else share - len(self.translations)
-        if missing > 0:
-            self._translate({name: values[:missing] for name, values in batch.items()}, "val", beam=1)
+        """Accumulate the loss under both rules; with the first batch, translate the sample of the split."""
+        # Here and not when the epoch begins or ends: autocast is on, and so are averaged weights.
+        if batch_idx == 0 and not self.trainer.sanity_checking:
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            for sample in data.sample("val", self.val_sentences):
+                self._translate({name: values.to(self.device) for name, values in sample.items()}, "val", beam=1)
         return self._evaluate(batch)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from evomoe.errors import ConfigError
-from evomoe.models.blocks import Block, FeedForward, SelfAttention
+from evomoe.models.blocks import Block, CrossAttention, FeedForward, SelfAttention
 from evomoe.models.key_value_cache import KeyValueCache
 
 
@@ -117,3 +117,14 @@ def test_cache_remembers_the_last_token_of_each_row() -> None:
     cache.select([2, 0])
     assert cache.previous(torch.tensor([[1], [1]]), torch.tensor([[True], [False]])).tolist() == [[9], [7]]
     assert cache.previous(torch.tensor([[1], [1]]), None).tolist() == [[1], [7]]
+
+
+def test_rows_that_share_a_memory_see_what_rows_with_copies_of_it_see() -> None:
+    torch.manual_seed(0)
+    attention = CrossAttention(16, 4)
+    hidden, states = torch.randn(6, 5, 16), torch.randn(2, 7, 16)
+    valid = torch.ones(2, 7, dtype=torch.bool)
+    valid[1, 4:] = False
+    found = attention(hidden, attention.project(states), valid)
+    copies = attention.project(states.repeat_interleave(3, dim=0))
+    torch.testing.assert_close(found, attention(hidden, copies, valid.repeat_interleave(3, dim=0)))

@@ -90,8 +90,6 @@ def beam_search(
     with evaluating(model):
         source, source_valid = pad_right([list(sentence) for sentence in sources], device)  # (B, M)
         memories, _ = model.encode(source, valid=source_valid)
-        source_valid = source_valid.repeat_interleave(beam, dim=0)  # (R, M)
-        memories = [(key.repeat_interleave(beam, 0), value.repeat_interleave(beam, 0)) for key, value in memories]
         cache = model.new_cache(len(sources) * beam)
         sentences = [_Open(index, beam, length_penalty) for index in range(len(sources))]
         # Only the first row of a sentence is alive: all rows begin alike.
@@ -131,8 +129,8 @@ def beam_search(
             positions = (chosen[:, None] * beam + torch.arange(beam, device=device)).flatten()
             if len(going) < len(sentences):
                 sentences = [sentences[number] for number in going]
-                scores, written, source_valid = scores[chosen], written[positions], source_valid[positions]
-                memories = [(key[positions], value[positions]) for key, value in memories]
+                scores, written, source_valid = scores[chosen], written[positions], source_valid[chosen]
+                memories = [(key[chosen], value[chosen]) for key, value in memories]
             cache.select(rows[positions].tolist())
     return results
 

@@ -102,21 +102,22 @@ class CrossAttention(nn.Module):
         """Mix each token with the memory.
 
         Args:
-            hidden: ``(B, S, D)``.
-            memory: what :meth:`project` returned.
+            hidden: ``(R, S, D)``. R is B, or a multiple of it: then so many rows, one after the other, share a memory.
+            memory: what :meth:`project` returned for B sequences.
             memory_valid: ``(B, M)`` bool, False at padding.
 
         Returns:
-            ``(B, S, D)``.
+            ``(R, S, D)``.
         """
+        queries = hidden.reshape(memory[0].shape[0], -1, hidden.shape[-1])  # (B, R / B * S, D): no order is looked at
         mixed = F.scaled_dot_product_attention(
-            split_heads(self.query(hidden), self.num_heads),
+            split_heads(self.query(queries), self.num_heads),
             *memory,
             attn_mask=None if memory_valid is None else key_mask(memory_valid),
             dropout_p=self.dropout if self.training else 0.0,
         )
         output: Tensor = self.output(mixed.transpose(1, 2).flatten(-2))
-        return output
+        return output.view_as(hidden)
 
 
 def check_heads(d_model: int, num_heads: int) -> int:

@@ -162,8 +162,9 @@ class Transformer(Network):
 
         Args:
             target: ``(B, S)`` token ids; with a cache, the S tokens after those it holds.
-            memories: from :meth:`encode`.
-            source_valid: ``(B, M)`` bool, False at the source's padding.
+            memories: from :meth:`encode`; of B sources, or of fewer where several rows of the target, one after the
+                other, belong to one source.
+            source_valid: of the sources, ``(B, M)`` bool, False at their padding.
             valid: ``(B, S)`` bool, False at right padding.
             final_rule: route by the final sparse rule instead of the training rule.
             cache: keys and values of the past, from :meth:`new_cache`; updated in place.

@@ -13,6 +13,7 @@ from rich.progress import Progress
 
 from evomoe.data import HubGlue
 from evomoe.data.corpus import SPLITS
+from evomoe.data.hub import HubDataset
 from evomoe.data.labelled import ColumnChoice, LabelledCorpus
 from evomoe.data.labelled_files import HubLabels, LabelledFiles
 from evomoe.errors import ConfigError
@@ -182,7 +183,7 @@ def test_classes_of_the_hub_keep_their_numbers(tmp_path: Path, monkeypatch: pyte
     """As those of MRPC, where `equivalent` is 1: by name it would be 0, and f1 would score the other class."""
     table = NumberedTable({"sentence": f"sentence {i}", "label": int(i % 3 > 0)} for i in range(30))
     builder = SimpleNamespace(hash="0", download_and_prepare=lambda: None, as_dataset=lambda split: table)
-    monkeypatch.setattr(HubLabels, "_builder", builder)
+    monkeypatch.setattr(HubDataset, "builder", builder)
     sizes: dict[str, Any] = {"context": 16, "batch_size": 2, "vocab_size": 260, "cache_dir": tmp_path}
     data = HubGlue("given", val="train", test="train", **sizes)
     data.prepare_data()
@@ -231,7 +232,7 @@ class TestHub:
             def as_dataset(self, split: str) -> datasets.Dataset:
                 return table
 
-        corpus.__dict__["_builder"] = Builder()
+        corpus._hub.__dict__["builder"] = Builder()
         with Progress(disable=True) as progress:
             rows = corpus._rows("train", progress)
             assert [next(rows).label, next(rows).label] == ["yes", "no"]

@@ -13,6 +13,61 @@ from evomoe.data.corpus import SPLITS, Corpus, HoldOut, Piece, blocks, track
 from evomoe.errors import ConfigError
 
 
+class HubDataset:
+    """A data set of the Hub, or a local folder that `datasets` can read, and the splits of it that are read.
+
+    Args:
+        name: Name on the Hub, or path of a folder.
+        config: Configuration of the data set.
+        train: Name of its training split.
+        val: Name of its validation split; None where it has none.
+        test: Name of its test split; None where it has none.
+    """
+
+    def __init__(self, name: str, config: str | None, train: str, val: str | None, test: str | None) -> None:
+        self.name = name
+        self.config = config
+        given = {"train": train, "val": val, "test": test}
+        self.splits = {split: source for split, source in given.items() if source is not None}
+
+    @property
+    def missing(self) -> list[str]:
+        """Return the splits that have to be held out of training."""
+        return [split for split in SPLITS if split not in self.splits]
+
+    @cached_property
+    def builder(self) -> Any:
+        """Return what downloads and reads it.
+
+        Raises:
+            ConfigError: `datasets` is not installed, or the data set or its configuration does not exist.
+        """
+        try:
+            return load_datasets().load_dataset_builder(self.name, self.config)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"data.name={self.name}, data.config={self.config}: {first_line(error)}") from error
+
+    def identity(self) -> dict[str, Any]:
+        """Return the choice, and the hash that `datasets` gives this revision of the data."""
+        return {"name": self.name, "config": self.config, "revision": self.builder.hash, "splits": self.splits}
+
+    def describe(self, split: str) -> str:
+        """Name a split as the user did."""
+        return f"data.{split}={self.splits[split]} of {self.name}"
+
+    def table(self, split: str) -> Any:
+        """Read a split; the first call downloads the data set.
+
+        Raises:
+            ConfigError: There is no such split, or it cannot be had.
+        """
+        try:
+            self.builder.download_and_prepare()
+            return self.builder.as_dataset(split=self.splits[split])
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{self.describe(split)}: {first_line(error)}") from error
+
+
 class HubCorpus(Corpus):
     """A data set of the Hub, or a local folder of JSON, Parquet or CSV files, with a text column.
 
@@ -47,31 +102,17 @@ class HubCorpus(Corpus):
     ) -> None:
         if rows not in ("documents", "lines"):
             raise ConfigError(f"data.rows={rows} is unknown; use data.rows=documents or data.rows=lines")
-        self._name = name
-        self._config = config
-        self._splits = {
-            split: source for split, source in {"train": train, "val": val, "test": test}.items() if source is not None
-        }
+        self._hub = HubDataset(name, config, train, val, test)
         self._text_field = text_field
         self._rows = rows
-        self._holdout = HoldOut([split for split in SPLITS if split not in self._splits], holdout)
-
-    @cached_property
-    def _builder(self) -> Any:
-        try:
-            return load_datasets().load_dataset_builder(self._name, self._config)
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"data.name={self._name}, data.config={self._config}: {first_line(error)}") from error
+        self._holdout = HoldOut(self._hub.missing, holdout)
 
     def identity(self) -> dict[str, Any]:
         """Return the options and the hash that `datasets` gives this revision of the data."""
         return {
             "corpus": "hub",
             "corpus_format": 1,
-            "name": self._name,
-            "config": self._config,
-            "revision": self._builder.hash,
-            "splits": self._splits,
+            **self._hub.identity(),
             "text_field": self._text_field,
             "rows": self._rows,
             "holdout": self._holdout.fraction if self._holdout.missing else None,
@@ -79,7 +120,7 @@ class HubCorpus(Corpus):
 
     def pieces(self, split: str, progress: Progress) -> Iterator[Piece]:
         """Read the rows of a split; the first call downloads the data set."""
-        if split in self._splits and split != "train":
+        if split in self._hub.splits and split != "train":
             return self._read(split, progress)
         return self._holdout.select(split, self._read("train", progress))
 
@@ -94,14 +135,11 @@ class HubCorpus(Corpus):
         return (Piece(text, ends_document=True) for text in texts if text.strip())
 
     def _texts(self, split: str, progress: Progress) -> Iterator[str]:
-        try:
-            self._builder.download_and_prepare()
-            table = self._builder.as_dataset(split=self._splits[split])
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"data.{split}={self._splits[split]} of {self._name}: {first_line(error)}") from error
+        table = self._hub.table(split)
         if self._text_field not in table.column_names:
             raise ConfigError(
-                f"data.text_field={self._text_field} is no column of {self._name}; choose one of {table.column_names}"
+                f"data.text_field={self._text_field} is no column of {self._hub.name}; choose one of "
+                f"{table.column_names}"
             )
         rows = table.select_columns([self._text_field])
         return (row[self._text_field] for row in track(progress, rows, len(rows), f"reading {split}"))

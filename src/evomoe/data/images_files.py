@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from evomoe.data.hub import first_line, load_datasets
+from evomoe.data.hub import HubDataset, first_line
 from evomoe.data.images import ImageSet, ImageSource, LabelledImages, with_validation
 from evomoe.errors import ConfigError
 
@@ -104,43 +103,28 @@ class HubImages(ImageSource):
         channels: int = 3,
         holdout: float = 0.1,
     ) -> None:
-        self._name = name
-        self._config = config
-        self._splits = {"train": train, "val": val, "test": test}
+        self._hub = HubDataset(name, config, train, val, test)
         self._image_field = image_field
         self._label_field = label_field
         self._decoder = Decoder(image_size, channels)
         self._holdout = holdout
 
-    @cached_property
-    def _builder(self) -> Any:
-        try:
-            return load_datasets().load_dataset_builder(self._name, self._config)
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"data.name={self._name}, data.config={self._config}: {first_line(error)}") from error
-
     def prepare(self) -> None:
         """Download the data set."""
-        try:
-            self._builder.download_and_prepare()
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"data.name={self._name}: {first_line(error)}") from error
+        self._hub.table("train")
 
     def identity(self) -> dict[str, Any]:
-        """Return the options."""
+        """Return the options and the hash that `datasets` gives this revision of the data."""
         return {
             "images": "hub",
-            "name": self._name,
-            "config": self._config,
-            "splits": str(self._splits),
+            **self._hub.identity(),
             "holdout": self._holdout,
             **self._decoder.options,
         }
 
     def load(self) -> ImageSet:
         """Decode all images."""
-        self.prepare()
-        tables = {split: self._table(split, name) for split, name in self._splits.items() if name is not None}
+        tables = {split: self._table(split) for split in self._hub.splits}
         feature = tables["train"].features[self._label_field]
         named = hasattr(feature, "names")  # else the labels are numbers or words of any kind
         values = range(len(feature.names)) if named else sorted(set(tables["train"][self._label_field]))
@@ -149,15 +133,13 @@ class HubImages(ImageSource):
         splits = {split: self._read(split, table, numbers) for split, table in tables.items()}
         return with_validation(splits["train"], splits["test"], classes, self._holdout, splits.get("val"))
 
-    def _table(self, split: str, name: str) -> Any:
-        try:
-            table = self._builder.as_dataset(split=name)
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"data.{split}={name} of {self._name}: {first_line(error)}") from error
+    def _table(self, split: str) -> Any:
+        table = self._hub.table(split)
         for key, field in (("image_field", self._image_field), ("label_field", self._label_field)):
             if field not in table.column_names:
                 raise ConfigError(
-                    f"data.{key}={field} is no column of {self._name}; choose one of {', '.join(table.column_names)}"
+                    f"data.{key}={field} is no column of {self._hub.name}; choose one of "
+                    f"{', '.join(table.column_names)}"
                 )
         return table
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.progress import Progress
 
 from evomoe.data.corpus import SPLITS, HoldOut, track
-from evomoe.data.hub import first_line, load_datasets
+from evomoe.data.hub import HubDataset
 from evomoe.data.labelled import ColumnChoice, LabelledCorpus, Row, select
 from evomoe.data.text_files import digest, lines
 from evomoe.errors import ConfigError
@@ -175,30 +175,17 @@ class HubLabels(LabelledCorpus):
         holdout: float = 0.05,
     ) -> None:
         super().__init__()
-        self._name = name
-        self._config = config
-        given = {"train": train, "val": val, "test": test}
-        self._splits = {split: name for split, name in given.items() if name is not None}
+        self._hub = HubDataset(name, config, train, val, test)
         self._columns = columns
         self._classes: list[str] | None = None
-        self._holdout = HoldOut([split for split in SPLITS if split not in self._splits], holdout)
-
-    @cached_property
-    def _builder(self) -> Any:
-        try:
-            return load_datasets().load_dataset_builder(self._name, self._config)
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"data.name={self._name}, data.config={self._config}: {first_line(error)}") from error
+        self._holdout = HoldOut(self._hub.missing, holdout)
 
     def identity(self) -> dict[str, Any]:
         """Return the options and the hash that `datasets` gives this revision of the data."""
         return {
             "corpus": "hub_labels",
             "corpus_format": 2,
-            "name": self._name,
-            "config": self._config,
-            "revision": self._builder.hash,
-            "splits": self._splits,
+            **self._hub.identity(),
             "columns": self._columns.identity(),
             "holdout": self._holdout.fraction if self._holdout.missing else None,
         }
@@ -212,17 +199,12 @@ class HubLabels(LabelledCorpus):
         return self._holdout.explain_empty(split, "SPLIT") or super().explain_empty(split)
 
     def _read(self, split: str, progress: Progress) -> Iterator[Row]:
-        if split in self._splits and split != "train":
+        if split in self._hub.splits and split != "train":
             return self._rows(split, progress)
         return select(self._holdout, split, self._rows("train", progress))
 
     def _rows(self, split: str, progress: Progress) -> Iterator[Row]:
-        name = f"data.{split}={self._splits[split]} of {self._name}"
-        try:
-            self._builder.download_and_prepare()
-            table = self._builder.as_dataset(split=self._splits[split])
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"{name}: {first_line(error)}") from error
+        name, table = self._hub.describe(split), self._hub.table(split)
         columns = self._columns.resolve(table.column_names, name)
         classes = self._classes = getattr(table.features[columns.label], "names", None)
         table = table.select_columns([column for column in columns if column is not None])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from rich.progress import Progress
 
 from evomoe.data.corpus import SPLITS, HoldOut, track
-from evomoe.data.hub import first_line, load_datasets
+from evomoe.data.hub import HubDataset
 from evomoe.data.text_files import digest, lines
 from evomoe.errors import ConfigError
 
@@ -176,18 +176,8 @@ class HubPairs(PairCorpus):
         holdout: float = 0.05,
     ) -> None:
         super().__init__(source, target)
-        self._name = name
-        self._config = config
-        given = {"train": train, "val": val, "test": test}
-        self._splits = {split: name for split, name in given.items() if name is not None}
-        self._holdout = HoldOut([split for split in SPLITS if split not in self._splits], holdout)
-
-    @cached_property
-    def _builder(self) -> Any:
-        try:
-            return load_datasets().load_dataset_builder(self._name, self._config)
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"data.name={self._name}, data.config={self._config}: {first_line(error)}") from error
+        self._hub = HubDataset(name, config, train, val, test)
+        self._holdout = HoldOut(self._hub.missing, holdout)
 
     def identity(self) -> dict[str, Any]:
         """Return the options and the hash that `datasets` gives this revision of the data."""
@@ -196,10 +186,7 @@ class HubPairs(PairCorpus):
             "corpus_format": 1,
             "source": self.source,
             "target": self.target,
-            "name": self._name,
-            "config": self._config,
-            "revision": self._builder.hash,
-            "splits": self._splits,
+            **self._hub.identity(),
             "holdout": self._holdout.fraction if self._holdout.missing else None,
         }
 
@@ -208,22 +195,18 @@ class HubPairs(PairCorpus):
         return self._holdout.explain_empty(split, "SPLIT") or super().explain_empty(split)
 
     def _read(self, split: str, progress: Progress) -> Iterator[Pair]:
-        if split in self._splits and split != "train":
+        if split in self._hub.splits and split != "train":
             return self._rows(split, progress)
         return _select(self._holdout, split, self._rows("train", progress))
 
     def _rows(self, split: str, progress: Progress) -> Iterator[Pair]:
-        try:
-            self._builder.download_and_prepare()
-            table = self._builder.as_dataset(split=self._splits[split])
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"data.{split}={self._splits[split]} of {self._name}: {first_line(error)}") from error
+        table = self._hub.table(split)
         for row in track(progress, table, len(table), f"reading {split}"):
             texts = row.get("translation", row)
             for key, language in (("source", self.source), ("target", self.target)):
                 if not isinstance(texts.get(language), str):
                     known = ", ".join(texts)
-                    raise ConfigError(f"data.{key}={language} is no language of {self._name}; choose among {known}")
+                    raise ConfigError(f"data.{key}={language} is no language of {self._hub.name}; choose among {known}")
             # A line feed inside a sentence would be read as its end when translations are written line by line.
             yield Pair(" ".join(texts[self.source].split("\n")), " ".join(texts[self.target].split("\n")))
 

@@ -150,6 +150,10 @@ def test_without_a_logger_the_learning_rate_is_not_monitored(train, tmp_path):
         (["callbacks.checkpoint.every_n_steps=0"], "every_n_steps=0 must be at least 1"),
         (["trainer.max_steps=-5"], "max_steps"),
         (["trainer.max_steps=0"], "trainer.max_steps=0: expected at least 1"),
+        (
+            ["trainer.check_val_every_n_epoch=1", "trainer.val_check_interval=9999"],
+            "trainer.val_check_interval=9999 is more than the",
+        ),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
@@ -222,6 +226,7 @@ def test_last_is_the_newest_step_of_the_run_that_saved_last(tmp_path):
     assert run.resolve_checkpoint("last", tmp_path) == newest
     assert run.resolve_checkpoint(str(tmp_path / "exp" / "one"), tmp_path).name == "step_00000900.ckpt"
     assert run.resolve_checkpoint(str(newest), tmp_path / "elsewhere") == newest
+    assert run.resolve_checkpoint(str(newest.parents[2]), tmp_path / "elsewhere") == newest  # a folder of runs
     with pytest.raises(ConfigError, match="ckpt_path=last: there is no checkpoint below"):
         run.resolve_checkpoint("last", tmp_path / "empty")
     with pytest.raises(ConfigError, match="no best checkpoint yet"):
@@ -272,7 +277,7 @@ def test_overrides_change_how_a_checkpoint_is_measured(trained):
     [
         (["split=train"], "split=train: expected val or test"),
         (["ckpt_path=nowhere"], "ckpt_path=nowhere: there is no such file"),
-        (['overrides="data.batchsize=3"'], "batchsize"),
+        (['overrides="data.batchsize=3"'], "there is no key 'data.batchsize'; did you mean 'data.batch_size'?"),
         (['overrides="model.d_model=64"'], "describe another model than the one in"),
         (['overrides="model.d_model=2.5"'], "model.d_model=2.5: expected a whole number"),
         (
@@ -366,7 +371,7 @@ def test_a_probe_of_a_checkpoint_is_that_of_the_run(classifier):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["probe=[1]", "split=val"], "probe=[1] is for the test split of images: leave it out, or add split=test"),
+        (["probe=[1]", "split=val"], "probe=[1] is for the test split: leave it out, or use split=test"),
         (["probe=5"], "probe=5: expected images of each class, as in probe=[1,5,10]"),
         (["probe=[a]"], "probe=['a']: expected images of each class, as in probe=[1,5,10]"),
         (["probe=[]"], "probe shots=[]: expected images of each class, such as [1,5,10]"),
@@ -380,7 +385,7 @@ def test_a_probe_that_cannot_be_is_refused_in_one_line(classifier, overrides, me
 
 
 def test_text_has_no_probe(trained):
-    with pytest.raises(ConfigError, match=r"probe=\[1\] is for the test split of images"):
+    with pytest.raises(ConfigError, match=r"probe=\[1\] is for images, which .* does not read: leave it out"):
         evaluate(trained, "probe=[1]")
 
 

@@ -208,8 +208,7 @@ def explain(error: Exception, overrides: Sequence[str], config_dir: Path, config
         group = key.partition(".")[0]
         if group != key and group in composed and not composed[group] and (config_dir / group).is_dir():
             return f"{override}: there is no {group} here; choose one of {', '.join(_choices(config_dir / group))}"
-        known = _flatten(OmegaConf.to_container(composed, resolve=False))
-        return f"{override}: there is no key {key!r}{nearest_key(key, known)}"
+        return f"{override}: {unknown_key(key, OmegaConf.to_container(composed, resolve=False))}"
     return text
 
 
@@ -227,6 +226,11 @@ def nearest(word: str, known: Sequence[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; expected one of {', '.join(known)}" if known and len(known) <= 20 else ""
+
+
+def unknown_key(key: str, values: Any) -> str:
+    """That a key is not among those of nested ``values``, and the nearest one that is."""
+    return f"there is no key {key!r}{nearest_key(key, _flatten(values))}"
 
 
 def nearest_key(key: str, known: Sequence[str]) -> str:

@@ -42,7 +42,8 @@ def resolve_checkpoint(given: str, logs: Path, key: str = "ckpt_path") -> Path:
     """A checkpoint file, from what a user may write.
 
     Args:
-        given: a file, a run's folder, or ``last`` or ``best`` for that of the run below ``logs`` which saved last.
+        given: a file, a run's folder, a folder of runs for the one which saved last, or ``last`` or ``best`` for that
+            of the run below ``logs`` which saved last.
         logs: folder of runs.
         key: under which it was written.
     """
@@ -53,7 +54,8 @@ def resolve_checkpoint(given: str, logs: Path, key: str = "ckpt_path") -> Path:
         return find_checkpoint(runs[0], given)
     path = Path(given).expanduser()
     if path.is_dir():
-        return find_checkpoint(path, "last")
+        below = [] if (path / "checkpoints").is_dir() else _runs(path)
+        return find_checkpoint(below[0] if below else path, "last")
     if not path.is_file():
         raise ConfigError(f"{key}={given}: there is no such file or folder; `last` means the newest one")
     return path

@@ -19,14 +19,14 @@ from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
 from evomoe.callbacks import EvolutionProgress, FewShotProbe, RandomState, RunSummary, SafeCheckpoint, print_closing
 from evomoe.callbacks.epoch_restart import EpochRestart
 from evomoe.checkpointing import VerifiedCheckpointIO, load_checkpoint, newest_checkpoint
-from evomoe.cli import instantiate
+from evomoe.cli import instantiate, unknown_key
 from evomoe.data import LabelledDataModule, Tokenizer
 from evomoe.errors import ConfigError
 from evomoe.restoring import FREE_KEYS, check_targets, evolution_of, find_pretrained, resolve_checkpoint
@@ -61,6 +61,7 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     data.setup("fit")
     with open_dict(config):
         config.model.update(data.model_sizes())
+    _check_validation(config, data)
     if resume_from is not None:
         _check_same_method(config, resume_from)
     L.seed_everything(config.seed, workers=True, verbose=False)  # building a corpus draws nothing that the model sees
@@ -112,6 +113,19 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
 def _check_accelerator(key: str, accelerator: str, remedy: str) -> None:
     if accelerator in ("gpu", "cuda") and not (CUDAAccelerator.is_available() or MPSAccelerator.is_available()):
         raise ConfigError(f"{key}={accelerator}: no GPU is found here; use {remedy}")
+
+
+def _check_validation(config: DictConfig, data: L.LightningDataModule) -> None:
+    """Refuse validations that lie beyond the end of an epoch, where they are counted within epochs."""
+    every = config.trainer.val_check_interval
+    if config.trainer.check_val_every_n_epoch is None or not isinstance(every, int):
+        return
+    batches = len(data.train_dataloader())
+    if every > batches:
+        raise ConfigError(
+            f"trainer.val_check_interval={every} is more than the {batches} batches of an epoch: choose fewer, or add"
+            " trainer.check_val_every_n_epoch=null to count on through epochs"
+        )
 
 
 def _hush() -> None:
@@ -196,6 +210,9 @@ def restore(ckpt_path: str, log_dir: str = "logs", overrides: list[str] | None =
     OmegaConf.set_struct(config, True)  # a key that the checkpoint lacks is a mistake
     try:
         config.merge_with_dotlist(overrides or [])
+    except (ConfigAttributeError, ConfigKeyError) as error:
+        known = OmegaConf.to_container(config, resolve=False)
+        raise ConfigError(f"overrides={overrides}: {unknown_key(str(error.full_key), known)}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"overrides={overrides}: {' '.join(str(error).split())}") from None
     check_targets(config, path)
@@ -230,8 +247,10 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     if config.probe is not None:
         if not isinstance(config.probe, ListConfig) or not all(type(shots) is int for shots in config.probe):
             raise ConfigError(f"probe={config.probe}: expected images of each class, as in probe=[1,5,10]")
-        if not isinstance(restored.task, ImageClassification) or config.split != "test":
-            raise ConfigError(f"probe={config.probe} is for the test split of images: leave it out, or add split=test")
+        if not isinstance(restored.task, ImageClassification):
+            raise ConfigError(f"probe={config.probe} is for images, which {restored.path} does not read: leave it out")
+        if config.split != "test":
+            raise ConfigError(f"probe={config.probe} is for the test split: leave it out, or use split=test")
         callbacks.append(FewShotProbe(config.probe))
     trainer = L.Trainer(
         accelerator=config.accelerator,

@@ -107,10 +107,16 @@ def test_a_checkpoint_is_measured_on_images_of_its_classes_and_scale():
 
 
 class Constant(Drawn):
+    channels = slice(None)
+
     def load(self):
         images = super().load()
-        images.splits["train"].images[:, 1] = 7
+        images.splits["train"].images[:, self.channels] = 7
         return images
+
+
+class Red(Constant):
+    channels = slice(1, None)
 
 
 class Wide(Drawn):
@@ -127,13 +133,19 @@ class Wide(Drawn):
         (lambda: module(batch_size=0), "data.batch_size=0 must be at least 1"),
         (lambda: module(eval_batch_size=0), "data.eval_batch_size=0 must be at least 1"),
         (lambda: module(batch_size=31).train_dataloader(), "the training split has 30 images, fewer than one batch"),
-        (lambda: module(Constant()), "a channel of the training images is constant"),
+        (lambda: module(Constant()), "every channel of the training images is constant"),
         (lambda: module(Wide()), "the images have 6 x 8 pixels: expected square ones"),
     ],
 )
 def test_what_cannot_be_trained_on_is_refused(build, message):
     with pytest.raises(ConfigError, match=message):
         build()
+
+
+def test_a_constant_channel_is_only_moved():
+    (batch,) = module(Red(), augmentation=Augmentation(), batch_size=30).train_dataloader()
+    torch.testing.assert_close(batch["images"][:, 1:], torch.zeros(30, 2, 8, 8), rtol=0, atol=1e-6)
+    torch.testing.assert_close(batch["images"][:, 0].var(correction=0), torch.tensor(1.0), rtol=0, atol=1e-5)
 
 
 class Linear(L.LightningModule):

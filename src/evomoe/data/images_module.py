@@ -137,8 +137,9 @@ class ImageDataModule(LightningDataModule):
         if height != width:
             raise ConfigError(f"the images have {height} x {width} pixels: expected square ones; cut or pad them")
         self._images = images
-        if (self.std == 0).any():
-            raise ConfigError("a channel of the training images is constant: there is nothing to learn from them")
+        pixels = images.splits["train"].images
+        if (pixels.min(axis=(0, 2, 3)) == pixels.max(axis=(0, 2, 3))).all():
+            raise ConfigError("every channel of the training images is constant: there is nothing to learn from them")
 
     @property
     def images(self) -> ImageSet:
@@ -159,7 +160,7 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def std(self) -> np.ndarray:
-        """Standard deviation of each channel over the training split, `(C,)`, on the scale from 0 to 1."""
+        """Standard deviation of each channel over the training split, `(C,)`, on the scale from 0 to 1; 1 for none."""
         return self._moments[1]
 
     @cached_property
@@ -171,7 +172,7 @@ class ImageDataModule(LightningDataModule):
         shares = counts / counts.sum(axis=1, keepdims=True)
         mean = shares @ values
         variance = (shares * (values - mean[:, None]) ** 2).sum(axis=1)
-        return mean, np.sqrt(variance)
+        return mean, np.where(np.ptp(planes, axis=(1, 2, 3)) > 0, np.sqrt(variance), 1.0)
 
     @cached_property
     def identity(self) -> dict[str, Any]:

@@ -101,7 +101,8 @@ class LabelledFiles(LabelledCorpus):
         for count, (number, record) in enumerate(records):
             place = f"{file}, line {number}"
             if names is None or ".jsonl" in file.suffixes:
-                names = self._columns.resolve(record, f"data.{split}: {place}")
+                where = place if ".jsonl" in file.suffixes else str(file)
+                names = self._columns.resolve(record, f"data.{split}: {where}")
             second = None if names.second is None else _text(record, names.second, place)
             yield Row(_text(record, names.first, place), second, _text(record, names.label, place), place)
             if count % _REPORT_EVERY == 0:

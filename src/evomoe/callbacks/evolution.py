@@ -147,9 +147,11 @@ class Evolution(L.Callback):
             total: optimizer steps of the run.
         """
         spawn_at = to_steps("evolution.diversify", self.diversify, total)
-        harden_at = None if self.harden is None else to_steps("evolution.harden", self.harden, total)
-        if isinstance(self.diversify, float) and isinstance(self.harden, float) and self.diversify < self.harden:
-            harden_at = max(to_steps("evolution.harden", self.harden, total), spawn_at + 1)  # not rounded together
+        harden_at = None
+        if self.harden is not None:
+            harden_at = to_steps("evolution.harden", self.harden, total)
+            if isinstance(self.diversify, float) and isinstance(self.harden, float) and self.diversify < self.harden:
+                harden_at = max(harden_at, spawn_at + 1)  # not rounded together
         if harden_at is not None and harden_at <= spawn_at:
             raise ConfigError(
                 f"evolution.harden={self.harden} is step {harden_at}, not after the spawn at step {spawn_at} "

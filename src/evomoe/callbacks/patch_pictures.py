@@ -114,10 +114,10 @@ def patch_weights(routing: Routing, images: int, num_patches: int) -> np.ndarray
     if isinstance(routing, SoftRouting):
         dense = routing.dispatch[..., 0].flatten(0, 1)  # (T, E)
     else:
-        chosen = torch.zeros_like(routing.to_dense(), dtype=torch.bool)
+        dense = routing.to_dense()
+        chosen = torch.zeros_like(dense, dtype=torch.bool)
         chosen[routing.token, routing.expert] = True
-        # A weight of 0 is work too.
-        dense = routing.to_dense().abs().clamp(min=TINY) * chosen
+        dense = dense.abs().clamp(min=TINY) * chosen  # a weight of 0 is work too
     per_image: Tensor = dense.float().unflatten(0, (images, -1))[:, -num_patches:]
     return per_image.cpu().numpy()
 

@@ -6,6 +6,7 @@ Shapes: B batch, S tokens of an image, C channels, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,15 +17,16 @@ from evomoe.errors import ConfigError
 from evomoe.models.flops import Work
 from evomoe.models.vit import ViT
 from evomoe.routing import Routing, Words
+from evomoe.tasks.evaluated_task import EvaluatedTask
 from evomoe.tasks.mixing import Mixed, cut_mix, mix_up
-from evomoe.tasks.moe_task import Coefficient, MoETask
+from evomoe.tasks.moe_task import Coefficient
 from evomoe.tasks.optimization import Optimization
 from evomoe.tasks.rule_means import RuleMeans
 
 TOP = 5
 
 
-class ImageClassification(MoETask):
+class ImageClassification(EvaluatedTask):
     """Trains a :class:`ViT` on batches ``{"images": (B, C, H, W), "labels": (B,), "valid": (B,) bool}``.
 
     The loss is the mean cross-entropy, in training against smoothed and mixed labels, in evaluations against the true
@@ -79,29 +81,12 @@ class ImageClassification(MoETask):
         work = Work(tokens=positions, forward_flops=flops * len(labels))
         return self.training_outputs(loss, routings, work)
 
-    def on_validation_epoch_start(self) -> None:
-        """Count from nothing."""
-        self.means.reset()
-
-    def on_test_epoch_start(self) -> None:
-        """Count from nothing."""
-        self.means.reset()
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Accumulate loss and accuracy under both rules; returns what the final rule did, for the callbacks."""
-        return self._evaluate(batch)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Accumulate loss and accuracy under both rules; returns what the final rule did, for the callbacks."""
-        return self._evaluate(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the means over the images."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the means over the images."""
-        self._log_evaluation("test")
+    def evaluate(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> dict[str, Any]:
+        """Add loss and accuracies of one batch."""
+        sums, sparse_sums, final_routings = self.under_both_rules(partial(self._classify, batch))
+        self.means.update(batch["valid"].sum(), sums, sparse_sums)
+        words = Words(None, self.model.spread_over_tokens(batch["valid"]))
+        return {"final_routings": final_routings, "words": [words] * len(final_routings)}
 
     def _mix(self, images: Tensor, labels: Tensor) -> Mixed:
         if not self.mixings:
@@ -119,16 +104,3 @@ class ImageClassification(MoETask):
         found = logits.topk(min(TOP, logits.shape[1])).indices == labels[:, None]  # (B, 5)
         values = {"loss": losses, "accuracy": found[:, 0], "accuracy_top5": found.any(dim=1)}
         return {name: value[valid].sum() for name, value in values.items()}, routings
-
-    def _evaluate(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        sums, routings = self._classify(batch)
-        sparse_sums, final_routings = sums, routings
-        if self.rules_differ():
-            sparse_sums, final_routings = self._classify(batch, final_rule=True)
-        self.means.update(batch["valid"].sum(), sums, sparse_sums)
-        words = Words(None, self.model.spread_over_tokens(batch["valid"]))
-        return {"final_routings": final_routings, "words": [words] * len(final_routings)}
-
-    def _log_evaluation(self, split: str) -> None:
-        # Equal on all processes already; sync_dist keeps Lightning from doubting it.
-        self.log_dict({f"{split}/{name}": mean for name, mean in self.means.compute().items()}, sync_dist=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -15,14 +16,15 @@ from torch import Tensor
 from evomoe.models.flops import Work
 from evomoe.models.gpt import GPT
 from evomoe.routing import Routing, Words
-from evomoe.tasks.moe_task import Coefficient, MoETask
+from evomoe.tasks.evaluated_task import EvaluatedTask
+from evomoe.tasks.moe_task import Coefficient
 from evomoe.tasks.optimization import Optimization
 from evomoe.tasks.rule_means import RuleMeans
 
 NO_TARGET = -100
 
 
-class LanguageModeling(MoETask):
+class LanguageModeling(EvaluatedTask):
     """Trains a :class:`GPT` on batches ``{"tokens": (B, S + 1)}``, and ``"valid": (B, S)`` where there is padding.
 
     The optimized loss is the mean cross-entropy plus, for every MoE layer, its auxiliary losses times their
@@ -53,7 +55,8 @@ class LanguageModeling(MoETask):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """One forward pass; returns the optimized loss, and for the callbacks the loss of the task and the routings."""
-        total_loss, count, routings = self._cross_entropy(batch)
+        total_loss, routings = self._cross_entropy(batch)
+        count = _count(batch)
         sequences, length = batch["tokens"].shape
         positions = sequences * (length - 1)
         rows = [routing.rows / positions for routing in routings]
@@ -61,57 +64,35 @@ class LanguageModeling(MoETask):
         work = Work(tokens=count, forward_flops=forward_flops)
         return self.training_outputs(total_loss / count, routings, work)
 
-    def on_validation_epoch_start(self) -> None:
-        """Count from nothing."""
-        self.means.reset()
+    def evaluate(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> dict[str, Any]:
+        """Add the loss of one batch."""
+        loss, sparse_loss, final_routings = self.under_both_rules(partial(self._cross_entropy, batch))
+        self.means.update(_count(batch), {"loss": loss}, {"loss": sparse_loss})
+        words = Words(batch["tokens"][:, :-1], batch.get("valid"))
+        return {"final_routings": final_routings, "words": [words] * len(final_routings)}
 
-    def on_test_epoch_start(self) -> None:
-        """Count from nothing."""
-        self.means.reset()
+    def results(self, split: str) -> dict[str, Tensor | float]:
+        """The mean loss over all tokens, and perplexities."""
+        losses = self.means.compute()
+        loss, units = losses["loss"], self.trainer.datamodule.units(split)  # type: ignore[attr-defined]
+        return {
+            **losses,
+            "perplexity": loss.exp(),
+            "perplexity_sparse": losses["loss_sparse"].exp(),
+            # Independent of the tokenizer: the same total surprise, shared among words or bytes.
+            "perplexity_word": (loss * units["tokens"] / units["words"]).exp(),
+            "bits_per_byte": loss * units["tokens"] / units["bytes"] / math.log(2),
+        }
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Accumulate the loss under both rules; returns what the final rule did, for the callbacks."""
-        return self._evaluate(batch)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Accumulate the loss under both rules; returns what the final rule did, for the callbacks."""
-        return self._evaluate(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the mean loss over all tokens, and perplexities."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the mean loss over all tokens, and perplexities."""
-        self._log_evaluation("test")
-
-    def _cross_entropy(
-        self, batch: dict[str, Tensor], final_rule: bool = False
-    ) -> tuple[Tensor, Tensor | int, list[Routing]]:
-        """Sum over the real tokens, their number, and the routings."""
+    def _cross_entropy(self, batch: dict[str, Tensor], final_rule: bool = False) -> tuple[Tensor, list[Routing]]:
+        """Sum over the real tokens, and the routings."""
         tokens, valid = batch["tokens"], batch.get("valid")
         targets = tokens[:, 1:] if valid is None else tokens[:, 1:].masked_fill(~valid, NO_TARGET)  # (B, S)
         logits, routings = self.model(tokens[:, :-1], valid=valid, final_rule=final_rule)  # (B, S, V)
         scores = logits.flatten(0, 1).float()
-        total = F.cross_entropy(scores, targets.flatten(), ignore_index=NO_TARGET, reduction="sum")
-        return total, targets.numel() if valid is None else valid.sum(), routings
+        return F.cross_entropy(scores, targets.flatten(), ignore_index=NO_TARGET, reduction="sum"), routings
 
-    def _evaluate(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        loss, count, routings = self._cross_entropy(batch)
-        sparse_loss, final_routings = loss, routings
-        if self.rules_differ():
-            sparse_loss, _, final_routings = self._cross_entropy(batch, final_rule=True)
-        self.means.update(count, {"loss": loss}, {"loss": sparse_loss})
-        words = Words(batch["tokens"][:, :-1], batch.get("valid"))
-        return {"final_routings": final_routings, "words": [words] * len(final_routings)}
 
-    def _log_evaluation(self, split: str) -> None:
-        units = self.trainer.datamodule.units(split)  # type: ignore[attr-defined]
-        for name, loss in self.means.compute().items():
-            values = {f"{split}/{name}": loss, f"{split}/{name.replace('loss', 'perplexity')}": loss.exp()}
-            if name == "loss":
-                # Independent of the tokenizer: the same total surprise, shared among words or bytes.
-                values[f"{split}/perplexity_word"] = (loss * units["tokens"] / units["words"]).exp()
-                values[f"{split}/bits_per_byte"] = loss * units["tokens"] / units["bytes"] / math.log(2)
-            # Equal on all processes already; sync_dist keeps Lightning from doubting it.
-            self.log_dict(values, sync_dist=True)
+def _count(batch: dict[str, Tensor]) -> Tensor | int:
+    """Real tokens to predict."""
+    return batch["valid"].sum() if "valid" in batch else batch["tokens"][:, 1:].numel()

@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, V vocabulary, n chosen tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +18,14 @@ from evomoe.models.flops import Work
 from evomoe.models.roberta import RoBERTa
 from evomoe.routing import Routing, Words
 from evomoe.routing.hash_tables import count_ids
+from evomoe.tasks.evaluated_task import EvaluatedTask
 from evomoe.tasks.masking import mask_tokens
-from evomoe.tasks.moe_task import Coefficient, MoETask
+from evomoe.tasks.moe_task import Coefficient
 from evomoe.tasks.optimization import Optimization
 from evomoe.tasks.rule_means import RuleMeans
 
 
-class MaskedLanguageModeling(MoETask):
+class MaskedLanguageModeling(EvaluatedTask):
     """Trains a :class:`RoBERTa` on the windows of a causal language model, ``{"tokens": (B, S + 1)}``.
 
     Which tokens are hidden is drawn anew in every step of training, from the random numbers that a resumed run repeats,
@@ -82,39 +84,40 @@ class MaskedLanguageModeling(MoETask):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """One forward pass; returns the optimized loss, and for the callbacks what was done."""
         inputs, chosen = self._mask(batch, None)
-        total, _, routings = self._guess(batch, inputs, chosen)
+        sums, routings = self._guess(batch, inputs, chosen)
         sequences, length = inputs.shape
         rows = [routing.rows / inputs.numel() for routing in routings]
         count = int(chosen.sum())
         flops = self.model.flops_per_token(length, rows, scored=count / inputs.numel())
         work = Work(tokens=sequences * length, forward_flops=flops * inputs.numel())
-        return self.training_outputs(total / max(count, 1), routings, work)
+        return self.training_outputs(sums["loss"] / max(count, 1), routings, work)
 
-    def on_validation_epoch_start(self) -> None:
+    def begin_evaluation(self) -> None:
         """Count from nothing."""
-        self.means.reset()
-
-    def on_test_epoch_start(self) -> None:
-        """Count from nothing."""
-        self.means.reset()
+        super().begin_evaluation()
         self.unigram.reset()
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Accumulate loss and accuracy under both rules; returns what the final rule did, for the callbacks."""
-        return self._evaluate(batch, batch_idx)
+    def evaluate(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> dict[str, Any]:
+        """Add loss and accuracy of one batch; a test also counts how often a constant guess is right."""
+        # The same masks in every evaluation; other ones in every batch and process. A GPU would draw other ones.
+        seed = batch_idx * self.trainer.world_size + self.global_rank
+        inputs, chosen = self._mask(batch, torch.Generator().manual_seed(seed))
+        sums, sparse_sums, final_routings = self.under_both_rules(partial(self._guess, batch, inputs, chosen))
+        count = chosen.sum()
+        self.means.update(count, sums, sparse_sums)
+        if self.most_frequent_id is not None:
+            hits = (batch["tokens"][:, :-1][chosen] == self.most_frequent_id).sum()
+            self.unigram.update(count, {"accuracy": hits}, {"accuracy": hits})
+        words = Words(inputs, batch.get("valid"))
+        return {"final_routings": final_routings, "words": [words] * len(final_routings)}
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Accumulate loss and accuracy under both rules; returns what the final rule did, for the callbacks."""
-        return self._evaluate(batch, batch_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the means over the chosen tokens."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the means over the chosen tokens, and the accuracy of a constant guess."""
-        self._log_evaluation("test")
-        self.log("test/unigram_accuracy", self.unigram.compute()["accuracy"], sync_dist=True)
+    def results(self, split: str) -> dict[str, Tensor | float]:
+        """The means over the chosen tokens; of a test also the accuracy of a constant guess."""
+        means = self.means.compute()
+        means |= {f"perplexity{suffix}": means[f"loss{suffix}"].exp() for suffix in ("", "_sparse")}
+        if split == "test":
+            means["unigram_accuracy"] = self.unigram.compute()["accuracy"]
+        return dict(means)
 
     def _mask(self, batch: dict[str, Tensor], generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         return mask_tokens(
@@ -128,32 +131,9 @@ class MaskedLanguageModeling(MoETask):
 
     def _guess(
         self, batch: dict[str, Tensor], inputs: Tensor, chosen: Tensor, final_rule: bool = False
-    ) -> tuple[Tensor, Tensor, list[Routing]]:
-        """Sum of the loss over the chosen tokens, how many of them the model gets right, and the routings."""
+    ) -> tuple[dict[str, Tensor], list[Routing]]:
+        """Sums over the chosen tokens, of the loss and of those that the model gets right; and the routings."""
         targets = batch["tokens"][:, :-1][chosen]  # (n,)
         logits, routings = self.model(inputs, valid=batch.get("valid"), at=chosen, final_rule=final_rule)  # (n, V)
         right = (logits.argmax(dim=-1) == targets).sum()
-        return F.cross_entropy(logits.float(), targets, reduction="sum"), right, routings
-
-    def _evaluate(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        # The same masks in every evaluation; other ones in every batch and process. A GPU would draw other ones.
-        seed = batch_idx * self.trainer.world_size + self.global_rank
-        inputs, chosen = self._mask(batch, torch.Generator().manual_seed(seed))
-        loss, right, routings = self._guess(batch, inputs, chosen)
-        sparse_loss, sparse_right, final_routings = loss, right, routings
-        if self.rules_differ():
-            sparse_loss, sparse_right, final_routings = self._guess(batch, inputs, chosen, final_rule=True)
-        count = chosen.sum()
-        self.means.update(count, {"loss": loss, "accuracy": right}, {"loss": sparse_loss, "accuracy": sparse_right})
-        if self.most_frequent_id is not None:
-            hits = (batch["tokens"][:, :-1][chosen] == self.most_frequent_id).sum()
-            self.unigram.update(count, {"accuracy": hits}, {"accuracy": hits})
-        words = Words(inputs, batch.get("valid"))
-        return {"final_routings": final_routings, "words": [words] * len(final_routings)}
-
-    def _log_evaluation(self, split: str) -> None:
-        means = self.means.compute()
-        for suffix in ("", "_sparse"):
-            means[f"perplexity{suffix}"] = means[f"loss{suffix}"].exp()
-        # Equal on all processes already; sync_dist keeps Lightning from doubting it.
-        self.log_dict({f"{split}/{name}": mean for name, mean in means.items()}, sync_dist=True)
+        return {"loss": F.cross_entropy(logits.float(), targets, reduction="sum"), "accuracy": right}, routings

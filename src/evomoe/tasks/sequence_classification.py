@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, C classes, N real sequences.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ from torch import Tensor
 from evomoe.models.flops import Work
 from evomoe.models.sequence_classifier import SequenceClassifier
 from evomoe.routing import Routing, Words
-from evomoe.tasks.moe_task import Coefficient, MoETask
+from evomoe.tasks.evaluated_task import EvaluatedTask
+from evomoe.tasks.moe_task import Coefficient
 from evomoe.tasks.optimization import Optimization
 from evomoe.tasks.rule_means import RuleMeans
 from evomoe.tasks.sequence_scores import SequenceScores
 
 
-class SequenceClassification(MoETask):
+class SequenceClassification(EvaluatedTask):
     """Trains a :class:`SequenceClassifier` on batches ``{"tokens": (B, S), "valid": (B, S) bool, "labels": (B,)}``.
 
     The loss is the mean cross-entropy of a sequence, or its mean squared error where the model has a single output.
@@ -94,36 +96,31 @@ class SequenceClassification(MoETask):
         work = Work(tokens=batch["valid"].sum(), forward_flops=flops)
         return self.training_outputs(loss, routings, work)
 
-    def on_validation_epoch_start(self) -> None:
+    def begin_evaluation(self) -> None:
         """Count from nothing."""
-        self._begin()
-
-    def on_test_epoch_start(self) -> None:
-        """Count from nothing."""
-        self._begin()
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Accumulate loss and scores under both rules; returns what the final rule did, for the callbacks."""
-        return self._evaluate(batch)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Accumulate loss and scores under both rules; returns what the final rule did, for the callbacks."""
-        return self._evaluate(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log loss and scores."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log loss and scores, and the accuracy of a constant guess."""
-        self._log_evaluation("test")
-        if self.majority_class is not None:
-            self.log("test/majority_accuracy", self.majority.compute()["accuracy"], sync_dist=True)
-
-    def _begin(self) -> None:
-        self.means.reset()
+        super().begin_evaluation()
         self.scores.reset()
         self.majority.reset()
+
+    def evaluate(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> dict[str, Any]:
+        """Add loss and scores of one batch; a test also counts how often a constant guess is right."""
+        outputs, sparse_outputs, final_routings = self.under_both_rules(partial(self._classify, batch))
+        labels = batch["labels"][batch["valid"][:, 0]]
+        loss, sparse_loss = (self._losses_of(values, labels).sum() for values in (outputs, sparse_outputs))
+        self.means.update(len(labels), {"loss": loss}, {"loss": sparse_loss})
+        self.scores.update(outputs, sparse_outputs, labels)
+        if self.majority_class is not None:
+            hits = (labels == self.majority_class).sum()
+            self.majority.update(len(labels), {"accuracy": hits}, {"accuracy": hits})
+        words = Words(batch["tokens"], batch["valid"])
+        return {"final_routings": final_routings, "words": [words] * len(final_routings)}
+
+    def results(self, split: str) -> dict[str, Tensor | float]:
+        """Loss and scores; of a test of classes also the accuracy of a constant guess."""
+        values = super().results(split) | self.scores.compute()
+        if split == "test" and self.majority_class is not None:
+            values["majority_accuracy"] = self.majority.compute()["accuracy"]
+        return values
 
     def _losses_of(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """The loss of each sequence, ``(N,)``."""
@@ -135,26 +132,6 @@ class SequenceClassification(MoETask):
         """Outputs ``(N, C)`` of the real sequences, and the routings."""
         outputs, routings = self.model(batch["tokens"], valid=batch["valid"], final_rule=final_rule)
         return outputs.float()[batch["valid"][:, 0]], routings
-
-    def _evaluate(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        outputs, routings = self._classify(batch)
-        sparse_outputs, final_routings = outputs, routings
-        if self.rules_differ():
-            sparse_outputs, final_routings = self._classify(batch, final_rule=True)
-        labels = batch["labels"][batch["valid"][:, 0]]
-        loss, sparse_loss = (self._losses_of(values, labels).sum() for values in (outputs, sparse_outputs))
-        self.means.update(len(labels), {"loss": loss}, {"loss": sparse_loss})
-        self.scores.update(outputs, sparse_outputs, labels)
-        if self.majority_class is not None:
-            hits = (labels == self.majority_class).sum()
-            self.majority.update(len(labels), {"accuracy": hits}, {"accuracy": hits})
-        words = Words(batch["tokens"], batch["valid"])
-        return {"final_routings": final_routings, "words": [words] * len(final_routings)}
-
-    def _log_evaluation(self, split: str) -> None:
-        values = self.means.compute() | self.scores.compute()
-        # Equal on all processes already; sync_dist keeps Lightning from doubting it.
-        self.log_dict({f"{split}/{name}": value for name, value in values.items()}, sync_dist=True)
 
     def _adapt_routers(self) -> None:
         if self.freeze_routers:

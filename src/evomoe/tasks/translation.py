@@ -6,6 +6,7 @@ Shapes: B batch, M source sequence, S target sequence, V joint vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -18,7 +19,8 @@ from evomoe.models.flops import Work
 from evomoe.models.transformer import Transformer
 from evomoe.routing import Routing, Words
 from evomoe.routing.processes import alone
-from evomoe.tasks.moe_task import Coefficient, MoETask
+from evomoe.tasks.evaluated_task import EvaluatedTask
+from evomoe.tasks.moe_task import Coefficient
 from evomoe.tasks.optimization import Optimization
 from evomoe.tasks.rule_means import RuleMeans
 from evomoe.tasks.translation_scores import TranslatedSentence, TranslationScores
@@ -27,7 +29,7 @@ NO_TARGET = -100
 """Marks padding among the targets."""
 
 
-class Translation(MoETask):
+class Translation(EvaluatedTask):
     """Trains a :class:`Transformer` on batches of sentence pairs, see :class:`evomoe.data.pair_batches.PairBatches`.
 
     The training loss is the mean cross-entropy of a target token with smoothed labels. Evaluations log, under both
@@ -95,40 +97,37 @@ class Translation(MoETask):
         work = Work(tokens=count, forward_flops=flops)
         return self.training_outputs(total / count, routings, work)
 
-    def on_validation_epoch_start(self) -> None:
+    def begin_evaluation(self) -> None:
         """Count from nothing."""
-        self._begin()
+        super().begin_evaluation()
+        self.scores.reset()
 
-    def on_test_epoch_start(self) -> None:
-        """Count from nothing."""
-        self._begin()
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Accumulate the loss under both rules; with the first batch, translate the sample of the split."""
+    def evaluate(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> dict[str, Any]:
+        """Add the loss of one batch, and translate: all sentences of a test; of a validation a sample, at its start."""
         # Here and not when the epoch begins or ends: autocast is on, and so are averaged weights.
-        if batch_idx == 0 and not self.trainer.sanity_checking:
-            data = self.trainer.datamodule  # type: ignore[attr-defined]
-            for sample in data.sample("val", self.val_sentences):
-                self._translate({name: values.to(self.device) for name, values in sample.items()}, "val", beam=1)
-        return self._evaluate(batch)
+        if split == "test":
+            self._translate(batch, split, self.beam)
+        elif batch_idx == 0 and not self.trainer.sanity_checking:
+            for sample in self.trainer.datamodule.sample(split, self.val_sentences):  # type: ignore[attr-defined]
+                self._translate({name: values.to(self.device) for name, values in sample.items()}, split, beam=1)
+        loss, sparse_loss, final_routings = self.under_both_rules(partial(self._cross_entropy, batch))
+        self.means.update(batch["valid"].sum(), {"loss": loss}, {"loss": sparse_loss})
+        source, target = Words(batch["source"], batch["source_valid"]), Words(batch["target"][:, :-1], batch["valid"])
+        half = len(final_routings) // 2  # the encoder's layers come first
+        words = [source] * half + [target] * (len(final_routings) - half)
+        return {"final_routings": final_routings, "words": words}
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Accumulate the loss under both rules, and translate all sentences."""
-        self._translate(batch, "test", self.beam)
-        return self._evaluate(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the means over the target tokens, and the scores of the translations."""
-        self._log_evaluation("val")
+    def results(self, split: str) -> dict[str, Tensor | float]:
+        """The means over the target tokens, and the scores of the translations."""
+        values: dict[str, Tensor | float] = {}
+        for name, loss in self.means.compute().items():
+            values |= {name: loss, name.replace("loss", "perplexity"): loss.exp()}
+        return values | self.scores.compute()
 
     def on_test_epoch_end(self) -> None:
-        """Log the means over the target tokens, and the scores of the translations; print how these are computed."""
-        self._log_evaluation("test")
+        """Log what was found; print how the scores are computed."""
+        super().on_test_epoch_end()
         rank_zero_info(f"BLEU: {self.scores.bleu_signature}; chrF: {self.scores.chrf_signature}")
-
-    def _begin(self) -> None:
-        self.means.reset()
-        self.scores.reset()
 
     def _cross_entropy(
         self, batch: dict[str, Tensor], final_rule: bool = False, smoothing: float = 0.0
@@ -146,17 +145,6 @@ class Translation(MoETask):
         targets = target[:, 1:].masked_fill(~valid, NO_TARGET).flatten()
         total = F.cross_entropy(scores, targets, ignore_index=NO_TARGET, reduction="sum", label_smoothing=smoothing)
         return total, routings
-
-    def _evaluate(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        loss, routings = self._cross_entropy(batch)
-        sparse_loss, final_routings = loss, routings
-        if self.rules_differ():
-            sparse_loss, final_routings = self._cross_entropy(batch, final_rule=True)
-        self.means.update(batch["valid"].sum(), {"loss": loss}, {"loss": sparse_loss})
-        split = len(routings) // 2
-        words = [Words(batch["source"], batch["source_valid"])] * split
-        words += [Words(batch["target"][:, :-1], batch["valid"])] * (len(routings) - split)
-        return {"final_routings": final_routings, "words": words}
 
     def _translate(self, batch: dict[str, Tensor], split: str, beam: int) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -179,11 +167,3 @@ class Translation(MoETask):
             source, reference = data.texts(split, index)
             hypothesis = data.tokenizer.decode(hypotheses[0].tokens)
             self.scores.add(TranslatedSentence(index, source, reference, hypothesis))
-
-    def _log_evaluation(self, split: str) -> None:
-        values: dict[str, Any] = {}
-        for name, loss in self.means.compute().items():
-            values |= {name: loss, name.replace("loss", "perplexity"): loss.exp()}
-        values |= self.scores.compute()
-        # Equal on all processes already; sync_dist keeps Lightning from doubting it.
-        self.log_dict({f"{split}/{name}": value for name, value in values.items()}, sync_dist=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,3 +36,32 @@ def train(corpus, tmp_path_factory):
         return programs.train(folder, f"experiment={experiment}", *tiny, *overrides)
 
     return train
+
+
+@pytest.fixture(scope="session")
+def trained(train, tmp_path_factory) -> SimpleNamespace:
+    """A run of all three phases with all callbacks, left as it ended."""
+    logs = tmp_path_factory.mktemp("logs")
+    folder = logs / "gpt_dts" / "first"
+    plan = [
+        "evolution.diversify=7",
+        "evolution.harden=13",
+        "evolution.temperature.length=6",
+        "evolution.noise.length=6",
+    ]
+    saves = [
+        "callbacks.checkpoint.every_n_steps=5",
+        "+callbacks.checkpoint.keep_last=9",
+        "trainer.val_check_interval=5",
+    ]
+    whole = ["trainer.limit_val_batches=1.0", "trainer.limit_test_batches=1.0", "data.eval_batch_size=64"]
+    values, objects = train(folder, "logger=csv", *plan, *saves, *whole)
+    return SimpleNamespace(values=values, folder=folder, logs=logs, **vars(objects))
+
+
+@pytest.fixture(scope="session")
+def classifier(train, tmp_path_factory) -> SimpleNamespace:
+    """A run on digits, with the callbacks of images."""
+    folder = tmp_path_factory.mktemp("images")
+    values, objects = train(folder, "trainer.limit_test_batches=1.0", "logger=none", experiment="vit_soft")
+    return SimpleNamespace(values=values, folder=folder, **vars(objects))

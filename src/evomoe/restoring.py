@@ -1,41 +1,27 @@
-"""What a checkpoint says of its run: where it lies, what may be built from it, and how another run begins with it."""
+"""What a checkpoint says of its run: where it lies, what may be built from it, and its trained task."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from evomoe.callbacks import Evolution, HeldEvolution
-from evomoe.checkpointing import find_checkpoint, load_checkpoint, newest_checkpoint
-from evomoe.cli import instantiate
-from evomoe.data import LabelledDataModule, Tokenizer
-from evomoe.data.corpus import flatten
+from evomoe.callbacks import Evolution
+from evomoe.checkpointing import find_checkpoint, load_checkpoint
+from evomoe.cli import instantiate, unknown_key
+from evomoe.data import Tokenizer
 from evomoe.errors import ConfigError
-from evomoe.models.roberta import Encoder
-from evomoe.tasks import MaskedLanguageModeling, SequenceClassification
+from evomoe.tasks import MoETask
 
 RESTORED = ("data", "model", "router", "task", "evolution")
 """Groups of a checkpoint's configuration that are built again: a file must not choose what else is called."""
-
-FREE_KEYS = (
-    "dropout",
-    "attention_dropout",
-    "checkpoint_activations",
-    "expert_backend",
-    "allow_future_leak",
-    "router",  # its options; its class is looked at
-    "vocab_size",  # the data say more about it
-)
-"""Keys of the model that may differ from those of its checkpoint, or that are checked elsewhere."""
-
-OF_HEAD = ("_target_", "num_classes", "head_dropout")
-"""Further keys of the model that a pretrained one does not decide."""
 
 
 def resolve_checkpoint(given: str, logs: Path, key: str = "ckpt_path") -> Path:
@@ -48,20 +34,20 @@ def resolve_checkpoint(given: str, logs: Path, key: str = "ckpt_path") -> Path:
         key: under which it was written.
     """
     if given in ("last", "best"):
-        runs = _runs(logs)
+        runs = runs_below(logs)
         if not runs:
             raise ConfigError(f"{key}={given}: there is no checkpoint below {logs}; train first, or give a file")
         return find_checkpoint(runs[0], given)
     path = Path(given).expanduser()
     if path.is_dir():
-        below = [] if (path / "checkpoints").is_dir() else _runs(path)
+        below = [] if (path / "checkpoints").is_dir() else runs_below(path)
         return find_checkpoint(below[0] if below else path, "last")
     if not path.is_file():
         raise ConfigError(f"{key}={given}: there is no such file or folder; `last` means the newest one")
     return path
 
 
-def _runs(logs: Path) -> list[Path]:
+def runs_below(logs: Path) -> list[Path]:
     """The folders below ``logs`` of runs that have a checkpoint, those that saved last first."""
     saved = {path.parent.parent: path.stat().st_mtime for path in sorted(logs.glob("**/checkpoints/*.ckpt"))}
     return sorted(saved, key=saved.__getitem__, reverse=True)
@@ -107,181 +93,62 @@ def evolution_of(checkpoint: Mapping[str, Any], config: DictConfig) -> Evolution
 
 
 @dataclass
-class Pretrained:
-    """A pretrained encoder, of which another run takes model, router, the state of their evolution, and tokenizer.
+class Restored:
+    """A trained task, ready to be used.
 
     Args:
-        path: its checkpoint.
-        checkpoint: the loaded file.
-        config: its configuration.
-        evolution: configuration of the schedule of the run that takes it.
-        replaced: what that run had set otherwise before :meth:`configure`, as ``key=value``.
+        path: the checkpoint.
+        config: the configuration that it was trained with.
+        task: with its weights, and its routers set to the checkpoint's step.
+        step: optimizer steps it was trained for.
     """
 
     path: Path
-    checkpoint: Mapping[str, Any]
     config: DictConfig
-    evolution: DictConfig | None
-    replaced: Sequence[str] = ()
+    task: MoETask
+    step: int
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer:
-        """With which it was trained."""
-        return Tokenizer.from_checkpoint(self.checkpoint)
+        """Of its data, if they are text."""
+        return Tokenizer.from_checkpoint({"data": self.data_state})
 
-    def describe(self) -> str:
-        """What is taken, and in place of what, in one line."""
-        gate = OmegaConf.select(self.config, "router.gate._target_")
-        router = "no router" if gate is None else f"{gate.rpartition('.')[2]}"
-        phase = f", {self.evolution.phase} for good" if self.evolution else ""
-        replaced = f"; its own values replace {', '.join(self.replaced)}" if self.replaced else ""
-        step = self.checkpoint["global_step"]
-        return f"Starting from {self.path} (step {step}): its encoder with {router}{phase}{replaced}"
-
-    def configure(self, config: DictConfig, overrides: Sequence[str] = ()) -> None:
-        """Give a run the model, router and schedule, but for its own dropout, kernels and head.
-
-        Args:
-            config: of the run.
-            overrides: that its user typed. Options of the router among them win over the pretrained ones.
-
-        Raises:
-            ConfigError: the run is of another method, wants more context than the model has, or a size or schedule of
-                its own.
-        """
-        gates = [OmegaConf.select(node, "router.gate._target_") for node in (self.config, config)]
-        if gates[0] != gates[1]:
-            there, here = ("no router" if gate is None else gate.rpartition(".")[2] for gate in gates)
-            raise ConfigError(
-                f"init_from={self.path} was trained with {there} and this run has {here}: choose the experiment of the"
-                " same method, such as experiment=glue_dts for experiment=mlm_dts"
-            )
-        if config.data.context > self.config.model.context:
-            raise ConfigError(
-                f"data.context={config.data.context} is more than the {self.config.model.context} tokens that"
-                f" init_from={self.path} reads: set data.context={self.config.model.context}"
-            )
-        typed = {override.partition("=")[0].lstrip("+~"): override for override in overrides}
-        for key, override in typed.items():
-            group, _, name = key.partition(".")
-            if group == "evolution" or (group == "model" and name and name not in (*FREE_KEYS, *OF_HEAD)):
-                raise ConfigError(
-                    f"{override} cannot be chosen with init_from={self.path}, which brings its own: leave it out"
-                )
-        of_router = {key: OmegaConf.select(config, key) for key in typed if key.startswith("router.")}
-        theirs, before = (_method(node) for node in (self.config, config))
-        if theirs.get("evolution._target_") != before.get("evolution._target_"):
-            # Of a fine-tuned model, whose schedule stands still already: there is nothing to compare.
-            before = {key: value for key, value in before.items() if not key.startswith("evolution.")}
-        with open_dict(config):
-            for key, value in self.config.model.items():
-                if key not in (*FREE_KEYS, *OF_HEAD):
-                    config.model[key] = value
-            config.router = self.config.router
-            config.evolution = self.evolution
-            for key, value in of_router.items():
-                OmegaConf.update(config, key, value)
-        taken = _method(config) | {key: value for key, value in theirs.items() if key.startswith("evolution.")}
-        self.replaced = [f"{key}={value}" for key, value in before.items() if taken.get(key) != value]
-
-    def initialize(self, task: SequenceClassification) -> None:
-        """Load the weights of the encoder.
-
-        Raises:
-            ConfigError: they are of another model than that of the task.
-        """
-        try:
-            task.load_pretrained(self.checkpoint["state_dict"])
-        except RuntimeError as error:
-            raise ConfigError(
-                f"the weights of init_from={self.path} do not fit this run's model: leave out router.gate.*, or choose"
-                " another checkpoint"
-            ) from error
+    @cached_property
+    def data_state(self) -> Mapping[str, Any]:
+        """What its datamodule keeps: identity, tokenizer, names of the classes."""
+        datamodule = hydra.utils.get_class(self.config.data._target_)
+        return load_checkpoint(self.path)[datamodule.__qualname__]
 
 
-def _method(config: DictConfig) -> dict[str, Any]:
-    """What a pretrained model decides, by key, without what follows other keys, as the context follows that of data."""
-    groups: Any = {name: OmegaConf.to_container(config[name]) for name in ("model", "router")}
-    if config.evolution is not None:
-        groups["evolution"] = OmegaConf.to_container(config.evolution)
-    free = {f"model.{key}" for key in (*FREE_KEYS, *OF_HEAD)}
-    return {key: value for key, value in flatten(groups).items() if key not in free and "${" not in str(value)}
-
-
-def find_pretrained(config: DictConfig, resume_from: Path | None) -> Pretrained | None:
-    """What ``init_from`` names; None without it. A run that goes on finds all of it in its own checkpoint.
-
-    Afterwards ``init_from`` is the file.
+def restore(ckpt_path: str, log_dir: str = "logs", overrides: list[str] | None = None) -> Restored:
+    """Load a checkpoint; neither its corpus nor its run's folder is needed.
 
     Args:
-        config: of the run.
-        resume_from: checkpoint from which it goes on.
-
-    Raises:
-        ConfigError: there is no such checkpoint, it is of another kind, or the run cannot begin with any.
+        ckpt_path: a file, a run's folder, or ``last``.
+        log_dir: where ``last`` looks.
+        overrides: changes to the checkpoint's configuration, ``key=value``.
     """
-    if not issubclass(hydra.utils.get_class(config.task._target_), SequenceClassification):
-        if config.init_from is not None:
-            raise ConfigError(f"init_from={config.init_from} is for fine-tuning: use it with experiment=glue_dts")
-        return None
-    if not issubclass(hydra.utils.get_class(config.data._target_), LabelledDataModule):
-        raise ConfigError(
-            f"{config.data._target_.rpartition('.')[2]} has no labelled sentences: choose data=glue_files,"
-            " data=hub_glue or data=docstring_packages"
-        )
-    if resume_from is not None:
-        checkpoint = load_checkpoint(resume_from)
-        there = OmegaConf.create(checkpoint["evomoe"]["config"])
-        if there.get("init_from") is None and config.init_from is not None:
-            raise ConfigError(
-                f"cannot resume from {resume_from}: it began from scratch and this run has"
-                f" init_from={config.init_from}; leave that out, or start a new run with another run_name"
-            )
-        config.init_from = there.get("init_from")
-        if config.init_from is None:
-            return None
-        check_targets(there, resume_from)
-        return Pretrained(resume_from, checkpoint, there, there.evolution)
-    if config.init_from is None:
-        return None
-    if not isinstance(config.init_from, str):
-        raise ConfigError(f"init_from={config.init_from}: expected a file, a run's folder, or last")
-    logs = Path(config.paths.log_dir)
-    path = (
-        _last_masked_lm(logs) if config.init_from == "last" else resolve_checkpoint(config.init_from, logs, "init_from")
-    )
+    path = resolve_checkpoint(ckpt_path, Path(log_dir))
     checkpoint = load_checkpoint(path)
-    there = OmegaConf.create(checkpoint["evomoe"]["config"])
-    check_targets(there, path)
-    if not issubclass(hydra.utils.get_class(there.model._target_), Encoder):
+    config = OmegaConf.create(checkpoint["evomoe"]["config"])
+    check_targets(config, path)
+    OmegaConf.set_struct(config, True)  # a key that the checkpoint lacks is a mistake
+    try:
+        config.merge_with_dotlist(overrides or [])
+    except (ConfigAttributeError, ConfigKeyError) as error:
+        known = OmegaConf.to_container(config, resolve=False)
+        raise ConfigError(f"overrides={overrides}: {unknown_key(str(error.full_key), known)}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"overrides={overrides}: {' '.join(str(error).split())}") from None
+    check_targets(config, path)
+    task = instantiate(config.task, model=instantiate(config.model))
+    try:
+        task.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:  # other shapes or layers
         raise ConfigError(
-            f"init_from={path} is a run of {there.task._target_.rpartition('.')[2]}: expected one of masked language"
-            " modelling, such as experiment=mlm_dts leaves it"
-        )
-    config.init_from = str(path)
-    return Pretrained(path, checkpoint, there, _hold(checkpoint, there))
-
-
-def _hold(checkpoint: Mapping[str, Any], config: DictConfig) -> DictConfig | None:
-    """The configuration of a schedule that stands still where that of the checkpoint does."""
+            f"overrides={overrides} describe another model than the one in {path}: leave out model.* and router.gate.*"
+        ) from error
     evolution = evolution_of(checkpoint, config)
-    if evolution is None or evolution.plan is None:
-        return None
-    # In its last step, not in the next one: that might spawn experts, of which the checkpoint holds none.
-    values = asdict(evolution.plan.at(max(checkpoint["global_step"] - 1, 0)))
-    return OmegaConf.create({"_target_": f"{HeldEvolution.__module__}.{HeldEvolution.__name__}", **values})
-
-
-def _last_masked_lm(logs: Path) -> Path:
-    """The newest checkpoint of the run of masked language modelling below ``logs`` that saved last."""
-    for run in _runs(logs):
-        path = newest_checkpoint(run)
-        if path is None:
-            continue
-        config = load_checkpoint(path, "meta").get("evomoe", {}).get("config", {})
-        if config.get("task", {}).get("_target_", "").endswith(f".{MaskedLanguageModeling.__name__}"):
-            return path
-    raise ConfigError(
-        f"init_from=last: there is no run of masked language modelling below {logs}; train one with experiment=mlm_dts,"
-        " or give a file"
-    )
+    if evolution is not None:
+        evolution.apply(task, checkpoint["global_step"])
+    return Restored(path, config, task.eval(), checkpoint["global_step"])

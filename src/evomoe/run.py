@@ -5,13 +5,9 @@ from __future__ import annotations
 import logging
 import shlex
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import hydra
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -19,18 +15,18 @@ from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
 from evomoe.callbacks import EvolutionProgress, FewShotProbe, RandomState, RunSummary, SafeCheckpoint, print_closing
 from evomoe.callbacks.epoch_restart import EpochRestart
 from evomoe.checkpointing import VerifiedCheckpointIO, load_checkpoint, newest_checkpoint
-from evomoe.cli import instantiate, unknown_key
-from evomoe.data import LabelledDataModule, Tokenizer
+from evomoe.cli import instantiate
+from evomoe.data import LabelledDataModule
 from evomoe.errors import ConfigError
-from evomoe.restoring import FREE_KEYS, check_targets, evolution_of, find_pretrained, resolve_checkpoint
-from evomoe.tasks import ImageClassification, MoETask
+from evomoe.pretrained import FREE_KEYS, find_pretrained
+from evomoe.restoring import resolve_checkpoint, restore
+from evomoe.tasks import ImageClassification
 
 NOISE = ("GPU available", "TPU available", "\N{ELECTRIC LIGHT BULB} Tip", "`Trainer.fit` stopped", "`Trainer(limit_")
 """Beginnings of Lightning's messages that tell nothing about the run."""
@@ -165,68 +161,6 @@ def _check_same_method(config: DictConfig, path: Path) -> None:
                 f"cannot resume from {path}: it was trained with {key}={before} and this run has {now}; restore it, or"
                 " start a new run with another run_name"
             )
-
-
-@dataclass
-class Restored:
-    """A trained task, ready to be used.
-
-    Args:
-        path: the checkpoint.
-        config: the configuration that it was trained with.
-        task: with its weights, and its routers set to the checkpoint's step.
-        step: optimizer steps it was trained for.
-    """
-
-    path: Path
-    config: DictConfig
-    task: MoETask
-    step: int
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """Of its data, if they are text."""
-        return Tokenizer.from_checkpoint({"data": self.data_state})
-
-    @cached_property
-    def data_state(self) -> Mapping[str, Any]:
-        """What its datamodule keeps: identity, tokenizer, names of the classes."""
-        datamodule = hydra.utils.get_class(self.config.data._target_)
-        return load_checkpoint(self.path)[datamodule.__qualname__]
-
-
-def restore(ckpt_path: str, log_dir: str = "logs", overrides: list[str] | None = None) -> Restored:
-    """Load a checkpoint; neither its corpus nor its run's folder is needed.
-
-    Args:
-        ckpt_path: a file, a run's folder, or ``last``.
-        log_dir: where ``last`` looks.
-        overrides: changes to the checkpoint's configuration, ``key=value``.
-    """
-    path = resolve_checkpoint(ckpt_path, Path(log_dir))
-    checkpoint = load_checkpoint(path)
-    config = OmegaConf.create(checkpoint["evomoe"]["config"])
-    check_targets(config, path)
-    OmegaConf.set_struct(config, True)  # a key that the checkpoint lacks is a mistake
-    try:
-        config.merge_with_dotlist(overrides or [])
-    except (ConfigAttributeError, ConfigKeyError) as error:
-        known = OmegaConf.to_container(config, resolve=False)
-        raise ConfigError(f"overrides={overrides}: {unknown_key(str(error.full_key), known)}") from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"overrides={overrides}: {' '.join(str(error).split())}") from None
-    check_targets(config, path)
-    task = instantiate(config.task, model=instantiate(config.model))
-    try:
-        task.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:  # other shapes or layers
-        raise ConfigError(
-            f"overrides={overrides} describe another model than the one in {path}: leave out model.* and router.gate.*"
-        ) from error
-    evolution = evolution_of(checkpoint, config)
-    if evolution is not None:
-        evolution.apply(task, checkpoint["global_step"])
-    return Restored(path, config, task.eval(), checkpoint["global_step"])
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:

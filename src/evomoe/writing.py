@@ -22,7 +22,7 @@ from evomoe.models.filling import fill
 from evomoe.models.generation import Generation, generate
 from evomoe.models.gpt import GPT
 from evomoe.models.transformer import Transformer
-from evomoe.run import Restored, restore
+from evomoe.restoring import Restored, restore
 from evomoe.tasks import ImageClassification, MaskedLanguageModeling, SequenceClassification, Translation
 
 MASK = "<mask>"

@@ -11,11 +11,11 @@ from helpers.keep_states import KeepStates
 from helpers.programs import HARD, KeepLosses, equal, load, timeless
 from torch import Tensor
 
-from evomoe import run
 from evomoe.callbacks import WeightAverage
 from evomoe.callbacks.evolution import moe_layers
 from evomoe.checkpointing import list_checkpoints
 from evomoe.errors import ConfigError
+from evomoe.restoring import restore
 
 DECAY = 0.8
 SPAWN = 5
@@ -80,7 +80,7 @@ def test_validations_the_test_and_checkpoints_hold_the_average(averaged):
         assert_close(checkpoint["state_dict"], expected[step - 1])
         assert equal(checkpoint["current_model_state"], averaged.kept.trained[step - 1])
     assert_close(averaged.kept.tested, expected[-1])
-    assert_close(run.restore(str(averaged.folder)).task.state_dict(), expected[-1])
+    assert_close(restore(str(averaged.folder)).task.state_dict(), expected[-1])
 
 
 def test_training_does_not_see_the_average(train, averaged, tmp_path):

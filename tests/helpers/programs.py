@@ -208,6 +208,12 @@ class KeepLosses(L.Callback):
         self.seen.append(outputs["loss"].item())
 
 
+def read_csv(folder: Path) -> list[dict[str, str]]:
+    """Rows of what a run logged with ``logger=csv``."""
+    header, *lines = (folder / "csv" / "metrics.csv").read_text().splitlines()
+    return [dict(zip(header.split(","), line.split(","), strict=True)) for line in lines]
+
+
 def load(run_dir: Path) -> dict[str, Any]:
     """The last whole checkpoint of a run, read as anyone would who does not trust it."""
     path = newest_checkpoint(run_dir)

@@ -1,0 +1,148 @@
+"""Checkpoints measured by eval.py, inside this process."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.programs import PLAIN, compose, read_csv
+
+from evomoe import run
+from evomoe.checkpointing import list_checkpoints
+from evomoe.errors import ConfigError
+
+
+def evaluate(trained, *overrides: str) -> dict[str, float]:
+    return run.evaluate(compose(f"log_dir={trained.logs}", "accelerator=cpu", *overrides, config="eval"))
+
+
+@pytest.mark.parametrize("step", [5, 10, 15, 20], ids=["diversify", "sparsify", "hardened", "end"])
+def test_a_checkpoint_measures_what_training_logged_there(trained, step):
+    (logged,) = (row for row in read_csv(trained.folder) if row["val/loss"] and int(row["step"]) == step - 1)
+    measured = evaluate(trained, "split=val", f"ckpt_path={list_checkpoints(trained.folder)[step]}")
+    for name in ("val/loss", "val/loss_sparse", "val/perplexity", "val/perplexity_sparse", "val/bits_per_byte"):
+        assert measured[name] == pytest.approx(float(logged[name]), abs=1e-5, rel=1e-5), name
+    assert (measured["val/loss"] == measured["val/loss_sparse"]) == (step != 10)
+
+
+def test_the_test_split_measures_what_the_run_returned(trained, capsys):
+    measured = evaluate(trained)
+    for name, value in measured.items():
+        assert value == pytest.approx(trained.values[name], abs=1e-5, rel=1e-5), name
+    table = capsys.readouterr().out
+    assert "step 20, test split" in " ".join(table.split())
+    assert f"{measured['test/loss_sparse']:.4f}" in table
+
+
+def test_overrides_change_how_a_checkpoint_is_measured(trained):
+    whole = evaluate(trained, "split=val")
+    small = evaluate(trained, "split=val", 'overrides="data.eval_batch_size=3 data.num_workers=0"')
+    assert small["val/loss"] == pytest.approx(whole["val/loss"], abs=1e-5)
+    assert evaluate(trained, "split=val", "limit_batches=1")["val/loss"] != whole["val/loss"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["split=train"], "split=train: expected val or test"),
+        (["ckpt_path=nowhere"], "ckpt_path=nowhere: there is no such file"),
+        (['overrides="data.batchsize=3"'], "there is no key 'data.batchsize'; did you mean 'data.batch_size'?"),
+        (['overrides="model.d_model=64"'], "describe another model than the one in"),
+        (['overrides="model.d_model=2.5"'], "model.d_model=2.5: expected a whole number"),
+        (
+            ['overrides="model._target_=evomoe.run.Path"'],
+            "names the target evomoe.run.Path, which is no class of evomoe",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(trained, overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        evaluate(trained, *overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_that_its_tokenizer_is_not_of_is_refused(train, tmp_path):
+    """Other text to train on brings another tokenizer, whose numbers mean nothing to the model."""
+    for split in ("train", "val", "test"):
+        (tmp_path / f"{split}.txt").write_text(f"The {split} text of which no line is like the next. " * 40)
+    files = [f"data.{split}={tmp_path / split}.txt" for split in ("train", "val", "test")]
+    train(tmp_path / "run", *PLAIN, *files, "trainer.max_steps=4", "trainer.val_check_interval=4")
+
+    def measure(*overrides: str) -> dict[str, float]:
+        return run.evaluate(compose(f"ckpt_path={tmp_path / 'run'}", "accelerator=cpu", *overrides, config="eval"))
+
+    before = measure()
+    (tmp_path / "other.txt").write_text("Quite another one. " * 100)
+    assert measure(f'overrides="data.test={tmp_path / "other.txt"}"') != before
+    (tmp_path / "train.txt").write_text("Something else is trained on by now. " * 40)
+    with pytest.raises(
+        ConfigError, match="^the checkpoint's tokenizer is not that of this data, .*files.train"
+    ) as caught:
+        measure()
+    assert "\n" not in str(caught.value)
+
+
+def test_sentences_are_measured_by_the_tokenizer_and_the_classes_of_the_checkpoint(train, tmp_path):
+    rows = [f"number {number} is here\t{'odd' if number % 2 else 'even'}" for number in range(200)]
+
+    def write(name: str, lines: list[str]) -> str:
+        (tmp_path / name).write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
+        return str(tmp_path / name)
+
+    given = [f"data.train={write('train.tsv', rows)}", "trainer.max_steps=2", "trainer.val_check_interval=2"]
+    values, objects = train(
+        tmp_path / "run", *PLAIN[:2], *given, "trainer.limit_test_batches=1.0", experiment="glue_switch"
+    )
+    fields = [
+        objects.data.tokenizer.decode(row[valid][1:-1].tolist())
+        for batch in objects.data.test_dataloader()
+        for row, valid in zip(batch["tokens"], batch["valid"], strict=True)
+    ]
+    held_out = [row for row in rows if row.partition("\t")[0] in fields]
+    assert len(held_out) == len(fields) > 10
+
+    def measure(*overrides: str) -> dict[str, float]:
+        return run.evaluate(compose(f"ckpt_path={tmp_path / 'run'}", "accelerator=cpu", *overrides, config="eval"))
+
+    # The test as a file of its own leaves more to train on, of which a tokenizer would be another one.
+    other = write("other.tsv", held_out)
+    measured = measure(f'overrides="data.test={other}"')
+    assert measured["test/loss"] == pytest.approx(values["test/loss"], rel=1e-5)
+    write("train.tsv", [row.replace("odd", "a") for row in rows])
+    write("other.tsv", [row.replace("odd", "a") for row in held_out])
+    with pytest.raises(ConfigError) as caught:
+        measure(f'overrides="data.test={other}"')
+    assert str(caught.value) == (
+        "the checkpoint was trained on other classes (['even', 'odd']) than this data have (['a', 'even']); restore "
+        "data.train"
+    )
+
+
+def test_a_probe_of_a_checkpoint_is_that_of_the_run(classifier):
+    assert (classifier.folder / "pictures" / "block_1_step_00000020.png").exists()
+    config = compose("accelerator=cpu", f"ckpt_path={classifier.folder}", "probe=[1,10]", config="eval")
+    measured = run.evaluate(config)
+    assert {name for name in measured if "probe" in name} == {"test/probe_1shot", "test/probe_10shot"}
+    for name, value in measured.items():
+        assert value == pytest.approx(classifier.values[name], abs=1e-5), name
+    assert measured["test/probe_10shot"] > 0.3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["probe=[1]", "split=val"], "probe=[1] is for the test split: leave it out, or use split=test"),
+        (["probe=5"], "probe=5: expected images of each class, as in probe=[1,5,10]"),
+        (["probe=[a]"], "probe=['a']: expected images of each class, as in probe=[1,5,10]"),
+        (["probe=[]"], "probe shots=[]: expected images of each class, such as [1,5,10]"),
+        (["probe=[999]"], "probe shots=[999]: the class"),
+    ],
+)
+def test_a_probe_that_cannot_be_is_refused_in_one_line(classifier, overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        run.evaluate(compose("accelerator=cpu", f"ckpt_path={classifier.folder}", *overrides, config="eval"))
+    assert str(caught.value).startswith(message)
+
+
+def test_text_has_no_probe(trained):
+    with pytest.raises(ConfigError, match=r"probe=\[1\] is for images, which .* does not read: leave it out"):
+        evaluate(trained, "probe=[1]")

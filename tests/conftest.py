@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+pytest.register_assert_rewrite("routing.checks")  # so that its assertions show their values
+
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:

@@ -22,7 +22,7 @@ from evomoe.callbacks import EvolutionProgress, FewShotProbe, RandomState, RunSu
 from evomoe.callbacks.epoch_restart import EpochRestart
 from evomoe.checkpointing import VerifiedCheckpointIO, load_checkpoint, newest_checkpoint
 from evomoe.cli import instantiate
-from evomoe.data import LabelledDataModule
+from evomoe.data.stored import StoredDataModule
 from evomoe.errors import ConfigError
 from evomoe.pretrained import FREE_KEYS, find_pretrained
 from evomoe.restoring import resolve_checkpoint, restore
@@ -170,8 +170,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     _check_accelerator("accelerator", config.accelerator, "accelerator=cpu")
     restored = restore(config.ckpt_path, config.log_dir, shlex.split(config.overrides))
     data = instantiate(restored.config.data)
-    if isinstance(data, LabelledDataModule) and data.fingerprint != restored.data_state["fingerprint"]:
-        # Began with a pretrained model, or is measured on other rows: they would be encoded with a tokenizer of theirs.
+    if isinstance(data, StoredDataModule) and data.fingerprint != restored.data_state["fingerprint"]:
+        # Measured on other text, or begun with a pretrained model: it would be encoded with a tokenizer of its own.
         data.adopt_tokenizer(restored.tokenizer)
     data.prepare_data()
     data.setup()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from evomoe.data.pair_store import PairStore
 from evomoe.data.parallel import Pair, PairCorpus
+from evomoe.data.tokenizer import Tokenizer
 from evomoe.errors import ConfigError
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), min_size=1).filter(str.strip)
@@ -88,3 +89,12 @@ def test_nothing_is_left_of_a_build_that_fails(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigError, match="data.vocab_size=200 is too small: byte-level BPE needs at least 257"):
         PairStore.build(Given([Pair("a", "b")]), 200, tmp_path)
+
+
+def test_a_given_tokenizer_encodes_and_names_the_folder(tmp_path: Path) -> None:
+    corpus, other = Given([Pair("one", "two")]), Tokenizer.train(["quite other text"], 262)
+    own, adopted = PairStore.build(corpus, 270, tmp_path), PairStore.build(corpus, 270, tmp_path, other)
+    assert own != adopted
+    store = PairStore(adopted)
+    assert store.tokenizer.to_json() == other.to_json()
+    assert [side.tolist() for side in store.pairs("test")[0]] == [other.encode("one"), other.encode("two")]

@@ -217,3 +217,14 @@ def test_the_sample_is_even_and_within_the_limit() -> None:
     for number in range(33):
         small.add(f"{number:03d}")
     assert len(small.texts) == 33
+
+
+def test_a_given_tokenizer_encodes_and_names_the_folder(tmp_path: Path) -> None:
+    corpus, given = FixedCorpus(), Tokenizer.train(["quite other text"], 262)
+    own, adopted = TokenStore.build(corpus, 300, tmp_path), TokenStore.build(corpus, 300, tmp_path, given)
+    assert own != adopted
+    assert TokenStore.build(corpus, 999, tmp_path, given) == adopted
+    store = TokenStore(adopted)
+    assert store.tokenizer.to_json() == given.to_json()
+    assert store.tokens("val")[1:-1].tolist() == given.encode("six")
+    assert store.sizes["val"].words == 1

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from evomoe.data.corpus import fingerprint
 from evomoe.data.labelled import ColumnChoice, LabelledCorpus
 from evomoe.data.labelled_batches import LabelledSequences, Padding, sequence_lengths
 from evomoe.data.labelled_embedded import PACKAGES, DocstringOrigin
@@ -25,7 +24,6 @@ from evomoe.data.sampling import (
     training_loader,
 )
 from evomoe.data.stored import StoredDataModule
-from evomoe.data.tokenizer import Tokenizer
 from evomoe.errors import ConfigError
 
 TOO_LONG = ("truncate", "drop")
@@ -79,22 +77,11 @@ class LabelledDataModule(StoredDataModule[LabelledStore]):
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.regression = regression
         self.too_long = too_long
-        self._adopted: Tokenizer | None = None
-
-    def adopt_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Encode with a given tokenizer, that of a pretrained model; to be called before `prepare_data`."""
-        self._adopted = tokenizer
-
-    def prepare_data(self) -> None:
-        """Encode the corpus, with a tokenizer trained on it unless one was adopted, unless the cache holds it."""
-        LabelledStore.build(self.corpus, self._requested_vocab_size, self._cache_dir, self.regression, self._adopted)
 
     @property
-    def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits that name the rows and their encoding."""
-        return fingerprint(
-            LabelledStore.identity_of(self.corpus, self._requested_vocab_size, self.regression, self._adopted)
-        )
+    def store_options(self) -> dict[str, Any]:
+        """What the store wants to know beside corpus and tokenizer."""
+        return {"regression": self.regression}
 
     @property
     def classes(self) -> list[str] | None:

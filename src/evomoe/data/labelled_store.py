@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from rich.progress import Progress
 from evomoe.data.cache import build_folder
 from evomoe.data.corpus import SPLITS
 from evomoe.data.labelled import LabelledCorpus, Row
-from evomoe.data.token_store import check_vocab_size, id_dtype
+from evomoe.data.token_store import check_vocab_size, encoding_of, id_dtype
 from evomoe.data.tokenizer import Tokenizer
 from evomoe.errors import ConfigError
 
@@ -94,26 +93,29 @@ class LabelledStore:
 
     @staticmethod
     def identity_of(
-        corpus: LabelledCorpus, vocab_size: int, regression: bool, tokenizer: Tokenizer | None
+        corpus: LabelledCorpus, vocab_size: int, tokenizer: Tokenizer | None = None, *, regression: bool = False
     ) -> dict[str, Any]:
-        """Return the plain values from which the content of a store follows; their fingerprint names its folder.
-
-        Args:
-            corpus: The rows.
-            vocab_size: Largest number of tokens of a tokenizer that is trained on them.
-            regression: Whether labels are numbers.
-            tokenizer: One that is given; None trains one.
-        """
-        encoding: dict[str, Any] = {"vocab_size": vocab_size}
-        if tokenizer is not None:
-            encoding = {"tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:16]}
+        """Return the plain values from which the content of a store follows; their fingerprint names its folder."""
+        encoding = encoding_of(vocab_size, tokenizer)
         return {"labelled_store_format": _FORMAT, "regression": regression, **encoding, **corpus.identity()}
 
     @staticmethod
     def build(
-        corpus: LabelledCorpus, vocab_size: int, cache_dir: Path, regression: bool, tokenizer: Tokenizer | None
+        corpus: LabelledCorpus,
+        vocab_size: int,
+        cache_dir: Path,
+        tokenizer: Tokenizer | None = None,
+        *,
+        regression: bool = False,
     ) -> Path:
-        """Encode the rows, unless the cache holds them already; see `identity_of` for the arguments.
+        """Encode the rows, unless the cache holds them already.
+
+        Args:
+            corpus: The rows.
+            vocab_size: Largest number of tokens of a tokenizer that is trained on them.
+            cache_dir: Folder of all caches.
+            tokenizer: One that is given; None trains one.
+            regression: Whether labels are numbers.
 
         Returns:
             The folder of the store.
@@ -124,7 +126,7 @@ class LabelledStore:
         """
         if tokenizer is None:
             check_vocab_size(vocab_size)
-        identity = LabelledStore.identity_of(corpus, vocab_size, regression, tokenizer)
+        identity = LabelledStore.identity_of(corpus, vocab_size, tokenizer, regression=regression)
 
         def write(draft: Path, progress: Progress) -> None:
             _write(draft, progress, corpus, tokenizer or _train(corpus, vocab_size, progress), identity)

@@ -23,7 +23,7 @@ from rich.progress import Progress
 from evomoe.data.cache import build_folder
 from evomoe.data.corpus import SPLITS
 from evomoe.data.parallel import Pair, PairCorpus
-from evomoe.data.token_store import TokenFile, check_vocab_size, id_dtype
+from evomoe.data.token_store import TokenFile, check_vocab_size, encoding_of, id_dtype
 from evomoe.data.tokenizer import Tokenizer
 from evomoe.errors import ConfigError
 
@@ -116,18 +116,19 @@ class PairStore:
         return PairFile(tokens, self._directory / f"{split}.ends.npy")
 
     @staticmethod
-    def identity_of(corpus: PairCorpus, vocab_size: int) -> dict[str, Any]:
+    def identity_of(corpus: PairCorpus, vocab_size: int, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
         """Return the plain values from which the content of a store follows; their fingerprint names its folder."""
-        return {"pair_store_format": _FORMAT, "vocab_size": vocab_size, **corpus.identity()}
+        return {"pair_store_format": _FORMAT, **encoding_of(vocab_size, tokenizer), **corpus.identity()}
 
     @staticmethod
-    def build(corpus: PairCorpus, vocab_size: int, cache_dir: Path) -> Path:
+    def build(corpus: PairCorpus, vocab_size: int, cache_dir: Path, tokenizer: Tokenizer | None = None) -> Path:
         """Train the joint tokenizer and encode the pairs, unless the cache holds them already.
 
         Args:
             corpus: The pairs.
-            vocab_size: Largest number of tokens.
+            vocab_size: Largest number of tokens of a tokenizer that is trained on them.
             cache_dir: Folder of all caches.
+            tokenizer: One that is given; None trains one.
 
         Returns:
             The folder of the store.
@@ -135,18 +136,22 @@ class PairStore:
         Raises:
             ConfigError: The vocabulary is too small, a split holds no pair, or `cache_dir` cannot be written.
         """
-        check_vocab_size(vocab_size)
-        identity = PairStore.identity_of(corpus, vocab_size)
+        if tokenizer is None:
+            check_vocab_size(vocab_size)
+        identity = PairStore.identity_of(corpus, vocab_size, tokenizer)
 
         def write(draft: Path, progress: Progress) -> None:
-            _write(draft, progress, corpus, vocab_size, identity)
+            _write(draft, progress, corpus, tokenizer or _train(corpus, vocab_size, progress), identity)
 
         return build_folder(cache_dir, identity, write)
 
 
-def _write(draft: Path, progress: Progress, corpus: PairCorpus, vocab_size: int, identity: dict[str, Any]) -> None:
+def _train(corpus: PairCorpus, vocab_size: int, progress: Progress) -> Tokenizer:
     sample = islice(corpus.pairs("train", progress), _SAMPLED_PAIRS)
-    tokenizer = Tokenizer.train((text for pair in sample for text in pair), vocab_size)
+    return Tokenizer.train((text for pair in sample for text in pair), vocab_size)
+
+
+def _write(draft: Path, progress: Progress, corpus: PairCorpus, tokenizer: Tokenizer, identity: dict[str, Any]) -> None:
     (draft / "tokenizer.json").write_text(tokenizer.to_json())
     dtype = id_dtype(tokenizer)
     counts = {}

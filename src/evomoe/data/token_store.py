@@ -11,6 +11,7 @@ token of the first document has something to be predicted from.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -101,18 +102,19 @@ class TokenStore:
         return TokenFile(self._directory / f"{split}.bin", self._dtype, self.sizes[split].tokens)
 
     @staticmethod
-    def identity_of(corpus: Corpus, vocab_size: int) -> dict[str, Any]:
+    def identity_of(corpus: Corpus, vocab_size: int, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
         """Return the plain values from which the content of a store follows; their fingerprint names its folder."""
-        return {"store_format": _FORMAT, "vocab_size": vocab_size, **corpus.identity()}
+        return {"store_format": _FORMAT, **encoding_of(vocab_size, tokenizer), **corpus.identity()}
 
     @staticmethod
-    def build(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Path:
+    def build(corpus: Corpus, vocab_size: int, cache_dir: Path, tokenizer: Tokenizer | None = None) -> Path:
         """Train the tokenizer and encode the corpus, unless the cache holds it already.
 
         Args:
             corpus: The text.
-            vocab_size: Largest number of tokens.
+            vocab_size: Largest number of tokens of a tokenizer that is trained on it.
             cache_dir: Folder of all caches.
+            tokenizer: One that is given; None trains one.
 
         Returns:
             The folder of the store.
@@ -120,16 +122,24 @@ class TokenStore:
         Raises:
             ConfigError: The vocabulary is too small, a split holds no text, or `cache_dir` cannot be written.
         """
-        check_vocab_size(vocab_size)
-        identity = TokenStore.identity_of(corpus, vocab_size)
+        if tokenizer is None:
+            check_vocab_size(vocab_size)
+        identity = TokenStore.identity_of(corpus, vocab_size, tokenizer)
 
         def write(draft: Path, progress: Progress) -> None:
-            _write(draft, progress, corpus, vocab_size, identity)
+            _write(draft, progress, corpus, vocab_size, tokenizer, identity)
 
         return build_folder(cache_dir, identity, write)
 
 
-def _write(draft: Path, progress: Progress, corpus: Corpus, vocab_size: int, identity: dict[str, Any]) -> None:
+def _write(
+    draft: Path,
+    progress: Progress,
+    corpus: Corpus,
+    vocab_size: int,
+    tokenizer: Tokenizer | None,
+    identity: dict[str, Any],
+) -> None:
     sample = _Sample(_SAMPLE_CHARACTERS)
     characters = dict.fromkeys(SPLITS, 0)
     for split in SPLITS:
@@ -137,14 +147,15 @@ def _write(draft: Path, progress: Progress, corpus: Corpus, vocab_size: int, ide
         for piece in corpus.pieces(split, progress):
             blank = blank and not piece.text.strip()
             characters[split] += len(piece.text)
-            if split == "train":
+            if split == "train" and tokenizer is None:
                 sample.add(piece.text)
         if blank:
             raise ConfigError(corpus.explain_empty(split))
 
-    task = progress.add_task("training the tokenizer", total=None)
-    tokenizer = Tokenizer.train(sample.texts, vocab_size)
-    progress.remove_task(task)
+    if tokenizer is None:
+        task = progress.add_task("training the tokenizer", total=None)
+        tokenizer = Tokenizer.train(sample.texts, vocab_size)
+        progress.remove_task(task)
     (draft / "tokenizer.json").write_text(tokenizer.to_json())
 
     dtype = id_dtype(tokenizer)
@@ -166,6 +177,13 @@ def _write(draft: Path, progress: Progress, corpus: Corpus, vocab_size: int, ide
 def id_dtype(tokenizer: Tokenizer) -> str:
     """Return the narrowest little-endian integer type that holds every token id."""
     return "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
+
+
+def encoding_of(vocab_size: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return the plain values that say how a store encodes: with a given tokenizer, or one of its own of a size."""
+    if tokenizer is None:
+        return {"vocab_size": vocab_size}
+    return {"tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:16]}
 
 
 def check_vocab_size(vocab_size: int) -> None:

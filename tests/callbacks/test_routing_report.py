@@ -12,7 +12,7 @@ from helpers.typed_routing import routing_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from evomoe.callbacks import RoutingReport
-from evomoe.callbacks.routing_report import specialized_words
+from evomoe.callbacks.routing_report import is_collapsed, specialized_words
 from evomoe.errors import ConfigError
 from evomoe.routing import Words
 
@@ -127,6 +127,28 @@ def test_a_dense_model_has_nothing_to_report(train, tmp_path):
     values, objects = train(tmp_path, *SETTING, experiment="gpt_dense")
     assert not any(name.startswith(("val_moe/", "evolution/")) for name in values)
     assert report_of(objects).state_dict() == {}
+
+
+def test_a_layer_that_falls_to_one_expert_is_named(train, tmp_path, monkeypatch):
+    """A gate of zeros, which nothing moves, breaks every tie in favour of the first expert."""
+    warned: list[str] = []
+    monkeypatch.setattr("evomoe.callbacks.routing_report.rank_zero_warn", warned.append)
+    still = ["router.gate.init=zeros", "task.optimization.learning_rate=1e-30"]
+    train(tmp_path, *SETTING, *still, experiment="gpt_switch")
+    assert warned == [
+        "block_1: in the last validation one of 4 experts had 100% of the tokens, so that the others hardly learn; more"
+        " of router.loss_coefficients.balance spreads the load"
+    ]
+
+
+def test_collapse_typed_by_hand():
+    assert is_collapsed(torch.tensor([0.94, *[0.004] * 15]))
+    assert is_collapsed(torch.tensor([0.97, 0.01, 0.01, 0.01]))
+    assert is_collapsed(torch.tensor([1.0, 0.0]))
+    assert not is_collapsed(torch.tensor([1.0]))
+    assert not is_collapsed(torch.tensor([0.55, 0.15, 0.15, 0.15]))
+    assert not is_collapsed(torch.tensor([0.3, 0.3, 0.3, *[0.1 / 13] * 13]))  # three experts, but none alone
+    assert not is_collapsed(torch.full((64,), 1 / 64))
 
 
 def test_training_does_not_notice(train, run, tmp_path):

@@ -21,7 +21,7 @@ from evomoe.callbacks.bars import write_bars
 from evomoe.callbacks.routing_metrics import CoActivation, ExpertLoad, RouterEntropy, WordExperts, active_experts
 from evomoe.callbacks.routing_stability import ExpertSets, Stability
 from evomoe.errors import ConfigError
-from evomoe.routing import SparseRouting, Words
+from evomoe.routing import Router, SparseRouting, Words
 
 FREQUENT = 10
 """Tokens of a word from which on it can be among the most specialised of an expert: a rare one is so by chance."""
@@ -80,7 +80,8 @@ class RoutingReport(L.Callback):
     TensorBoard also gets histograms of the load and of the experts per token, and as text the most specialised words of
     each expert: those that go to it most often, of the words seen at least ten times.
 
-    A layer in which one expert lives routes nothing and is not reported; neither is a soft routing.
+    A layer in which one expert lives routes nothing and is not reported; neither is a soft routing. When the fit ends,
+    a line warns of each layer that has fallen to one of its experts.
 
     Args:
         followed_tokens: real tokens whose experts are compared between validations, the first ones of the split, shared
@@ -102,6 +103,7 @@ class RoutingReport(L.Callback):
         self.figures = figures
         self.stability: dict[str, Stability] = {}
         self._reports: dict[str, LayerReport] = {}
+        self._loads: dict[str, Tensor] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Do without figures where they cannot be drawn."""
@@ -146,6 +148,7 @@ class RoutingReport(L.Callback):
             if value.ndim == 0
         }
         if trainer.state.fn == TrainerFn.FITTING:
+            self._loads = {name: values["load"] for name, values in computed.items()}
             scalars.update(self._compare(trainer.global_step))
         # Equal on all processes already; sync_dist keeps Lightning from doubting it.
         pl_module.log_dict(scalars, sync_dist=True)
@@ -154,7 +157,11 @@ class RoutingReport(L.Callback):
         self._reports = {}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write how near each validation was to the last one, which only now is known."""
+        """Write how near each validation was to the last one, which only now is known; warn of a collapse."""
+        model: Any = pl_module.model
+        for name, load in self._loads.items():
+            if is_collapsed(load):
+                rank_zero_warn(_describe_collapse(name, load, model.moe_layers[name].router))
         if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
             for layer, stability in self.stability.items():
                 for step, value in stability.saturation().items():
@@ -200,6 +207,29 @@ class RoutingReport(L.Callback):
             for layer, values in computed.items():
                 figure = draw_matrix(values["co_activation"], "P(column active | row active)")
                 writer.add_figure(f"val_moe/{layer}/co_activation", figure, step)
+
+
+def is_collapsed(load: Tensor) -> bool:
+    """Whether one expert does more than half of the work, and all do that of one and a half, or of a quarter of them.
+
+    Args:
+        load: share of each expert in the assignments, ``(E,)``. Its perplexity is the number of balanced experts that
+            it is worth.
+    """
+    worth = float(torch.special.entr(load).sum().exp())
+    return load.numel() > 1 and float(load.max()) > 0.5 and worth < max(1.5, load.numel() / 4)
+
+
+def _describe_collapse(name: str, load: Tensor, router: Router) -> str:
+    remedy = (
+        "more of router.loss_coefficients.balance spreads the load"
+        if "balance" in router.loss_names
+        else "routers with a balance loss, or router=loss_free, spread the load"
+    )
+    return (
+        f"{name}: in the last validation one of {load.numel()} experts had {float(load.max()):.0%} of the tokens, so"
+        f" that the others hardly learn; {remedy}"
+    )
 
 
 def specialized_words(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import pytest
 from helpers.programs import PLAIN, compose, read_csv
 
@@ -60,27 +63,68 @@ def test_what_cannot_be_measured_is_refused_in_one_line(trained, overrides, mess
     assert "\n" not in str(caught.value)
 
 
-def test_any_text_is_measured_by_the_tokenizer_of_the_checkpoint(train, tmp_path):
-    """Other text to train on brings another tokenizer, whose numbers would mean nothing to the model."""
+def test_other_text_is_measured_with_the_tokenizer_of_the_checkpoint(train, tmp_path, capsys):
+    """Other text to train on would bring another tokenizer, whose numbers mean nothing to the model."""
 
-    def write(name: str, word: str) -> None:
+    def write(name: str, word: str) -> Path:
         (tmp_path / name).write_text("".join(f"Line {number} is of the {word} text.\n\n" for number in range(2000)))
+        return tmp_path / name
 
-    write("train.txt", "first")
-    write("other.txt", "second")
-    held_out = [f"data.train={tmp_path / 'train.txt'}", "data.val=null", "data.test=null"]
-    train(tmp_path / "run", *PLAIN, *held_out, "trainer.max_steps=4", "trainer.val_check_interval=4")
+    given = write("train.txt", "first")
+    other = write("other.txt", "second")
+    _, objects = train(
+        tmp_path / "run",
+        *PLAIN,
+        *(f"data.train={given}", "data.val=null", "data.test=null"),
+        *("trainer.max_steps=4", "trainer.val_check_interval=4"),
+    )
 
-    def measure(*given: str) -> dict[str, float]:
-        overrides = f'overrides="{" ".join(given)}"'
-        return run.evaluate(compose(f"ckpt_path={tmp_path / 'run'}", "accelerator=cpu", overrides, config="eval"))
+    def measure(*overrides: str, split: str = "test") -> dict[str, float]:
+        chosen = [f"split={split}", f'overrides="{" ".join(overrides)}"']
+        return run.evaluate(compose(f"ckpt_path={tmp_path / 'run'}", "accelerator=cpu", *chosen, config="eval"))
 
-    before = measure()
-    other = measure(f"data.test={tmp_path / 'other.txt'}")  # nothing is held out for a test now: more to train on
-    assert other != before
+    assert measure()["test/loss"] > 0
+    assert "ther data" not in capsys.readouterr().out
+    measured = measure(f"data.test={other}")  # nothing is held out for a test now: there is more to train on
+    shown = capsys.readouterr().out
+    assert "Other data than those of the run: files.test None -> " in shown
+    assert "test split of other data" in " ".join(shown.split())
+    ids = objects.data.tokenizer.encode(other.read_text())
+    assert measured["test/bits_per_byte"] == pytest.approx(
+        measured["test/loss"] * (len(ids) + 1) / len(other.read_bytes()) / math.log(2), rel=1e-2
+    )
     write("train.txt", "third")
-    assert measure(f"data.test={tmp_path / 'other.txt'}") == other
-    assert measure() != before
+    assert measure(f"data.test={other}") == measured
+    for overrides, split in (([], "test"), (["data.holdout=0.1"], "test"), ([f"data.test={other}"], "val")):
+        with pytest.raises(ConfigError) as caught:
+            measure(*overrides, split=split)
+        message = str(caught.value)
+        assert message.startswith(f"split={split} would be held out of a text that is not the one of the run (")
+        assert message.endswith(f'give a file for it, as in overrides="data.{split}=FILE"')
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize("experiment", ["mlm_switch", "mt_switch"])
+def test_other_text_is_measured_whatever_the_task(train, tmp_path, experiment):
+    short = ["trainer.max_steps=2", "trainer.val_check_interval=2"]
+    train(tmp_path / "run", *PLAIN[:2], *short, experiment=experiment)
+    lines = "".join(f"Line {number} of another text.\n" for number in range(300))
+    for name in ("other.txt", "other.en", "other.up"):
+        (tmp_path / name).write_text(lines)
+    test = tmp_path / ("other" if experiment == "mt_switch" else "other.txt")
+    chosen = f'overrides="data.test={test}"'
+    values = run.evaluate(compose(f"ckpt_path={tmp_path / 'run'}", "accelerator=cpu", chosen, config="eval"))
+    assert values["test/loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("experiment", "guess"), [("mlm_switch", "unigram_accuracy"), ("glue_switch", "majority_accuracy")]
+)
+def test_the_constant_guess_is_of_a_test_alone(train, tmp_path, experiment, guess):
+    train(tmp_path / "run", *PLAIN, "trainer.max_steps=2", "trainer.val_check_interval=2", experiment=experiment)
+    for split in ("val", "test"):
+        config = compose(f"ckpt_path={tmp_path / 'run'}", "accelerator=cpu", f"split={split}", config="eval")
+        assert (f"{split}/{guess}" in run.evaluate(config)) == (split == "test")
 
 
 def test_sentences_are_measured_by_the_tokenizer_and_the_classes_of_the_checkpoint(train, tmp_path):

@@ -148,6 +148,11 @@ def test_a_corpus_without_enough_text_is_refused(train, tmp_path, text):
     assert "\n" not in str(caught.value)
 
 
+def test_a_masked_model_without_a_mask_token_is_refused(train, tmp_path):
+    with pytest.raises(ConfigError, match=r"data.mask_token=false: masked language modelling needs a token"):
+        train(tmp_path, *PLAIN, "data.mask_token=false", experiment="mlm_dense")
+
+
 def test_a_leaking_router_is_admitted_on_demand(train, tmp_path):
     leak = [
         "router=top2",

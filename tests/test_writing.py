@@ -92,11 +92,6 @@ def test_hidden_words_are_guessed(train, tmp_path, capsys):
         writing.write(compose(*ask, 'prompt="Return"', config="generate"))
 
 
-def test_a_masked_model_without_a_mask_token_is_refused(train, tmp_path):
-    with pytest.raises(ConfigError, match=r"data.mask_token=false: masked language modelling needs a token"):
-        train(tmp_path, *PLAIN, "data.mask_token=false", experiment="mlm_dense")
-
-
 def test_sentences_are_translated(train, tmp_path, capsys):
     folder = tmp_path / "mt" / "run"
     values, _ = train(folder, *PLAIN[:2], "trainer.max_steps=4", "trainer.val_check_interval=4", experiment="mt_dts")

@@ -16,19 +16,8 @@ from evomoe.data import LabelledDataModule, Tokenizer
 from evomoe.data.corpus import flatten
 from evomoe.errors import ConfigError
 from evomoe.models.roberta import Encoder
-from evomoe.restoring import check_targets, evolution_of, resolve_checkpoint, runs_below
+from evomoe.restoring import FREE_KEYS, check_targets, evolution_of, resolve_checkpoint, runs_below
 from evomoe.tasks import MaskedLanguageModeling, SequenceClassification
-
-FREE_KEYS = (
-    "dropout",
-    "attention_dropout",
-    "checkpoint_activations",
-    "expert_backend",
-    "allow_future_leak",
-    "router",  # its options; its class is looked at
-    "vocab_size",  # the data say more about it
-)
-"""Keys of the model that may differ from those of its checkpoint, or that are checked elsewhere."""
 
 OF_HEAD = ("_target_", "num_classes", "head_dropout")
 """Further keys of the model that a pretrained one does not decide."""

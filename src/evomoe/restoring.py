@@ -23,6 +23,17 @@ from evomoe.tasks import MoETask
 RESTORED = ("data", "model", "router", "task", "evolution")
 """Groups of a checkpoint's configuration that are built again: a file must not choose what else is called."""
 
+FREE_KEYS = (
+    "dropout",
+    "attention_dropout",
+    "checkpoint_activations",
+    "expert_backend",
+    "allow_future_leak",
+    "router",  # its options; its class is looked at
+    "vocab_size",  # the data say more about it
+)
+"""Keys of the model that may differ from those of its checkpoint, or that are checked elsewhere."""
+
 
 def resolve_checkpoint(given: str, logs: Path, key: str = "ckpt_path") -> Path:
     """A checkpoint file, from what a user may write.

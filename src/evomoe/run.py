@@ -24,8 +24,8 @@ from evomoe.checkpointing import VerifiedCheckpointIO, load_checkpoint, newest_c
 from evomoe.cli import instantiate
 from evomoe.data.stored import StoredDataModule
 from evomoe.errors import ConfigError
-from evomoe.pretrained import FREE_KEYS, find_pretrained
-from evomoe.restoring import resolve_checkpoint, restore
+from evomoe.pretrained import find_pretrained
+from evomoe.restoring import FREE_KEYS, Restored, resolve_checkpoint, restore
 from evomoe.tasks import ImageClassification
 
 NOISE = ("GPU available", "TPU available", "\N{ELECTRIC LIGHT BULB} Tip", "`Trainer.fit` stopped", "`Trainer(limit_")
@@ -164,15 +164,13 @@ def _check_same_method(config: DictConfig, path: Path) -> None:
 
 
 def evaluate(config: DictConfig) -> dict[str, float]:
-    """Measure a checkpoint on a split of its data, under both routing rules."""
+    """Measure a checkpoint on a split of its data, or of other data of their kind, under both routing rules."""
     if config.split not in ("val", "test"):
         raise ConfigError(f"split={config.split}: expected val or test")
     _check_accelerator("accelerator", config.accelerator, "accelerator=cpu")
     restored = restore(config.ckpt_path, config.log_dir, shlex.split(config.overrides))
     data = instantiate(restored.config.data)
-    if isinstance(data, StoredDataModule) and data.fingerprint != restored.data_state["fingerprint"]:
-        # Measured on other text, or begun with a pretrained model: it would be encoded with a tokenizer of its own.
-        data.adopt_tokenizer(restored.tokenizer)
+    changes = _adapt(data, restored, config.split) if isinstance(data, StoredDataModule) else ""
     data.prepare_data()
     data.setup()
     data.check_meaning(restored.data_state)
@@ -202,10 +200,30 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     measure(restored.task, datamodule=data, verbose=False)
     values = {name: float(value) for name, value in trainer.callback_metrics.items()}
     print(restored.path)
-    table = Table(title=f"step {restored.step}, {config.split} split")
+    if changes:
+        print(f"Other data than those of the run: {changes}")
+    table = Table(title=f"step {restored.step}, {config.split} split{' of other data' if changes else ''}")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in values.items():
         table.add_row(name, f"{value:.4f}")
     Console(markup=False, emoji=False).print(table)
     return values
+
+
+def _adapt(data: StoredDataModule[Any], restored: Restored, split: str) -> str:
+    """Have text that is not the checkpoint's read by the checkpoint's tokenizer; returns in what the text differs.
+
+    Raises:
+        ConfigError: the split is held out of a training text that is another one.
+    """
+    if data.fingerprint == restored.data_state["fingerprint"]:
+        return ""
+    data.adopt_tokenizer(restored.tokenizer)  # also of a run that began with a pretrained model
+    changes = data.changes_since(restored.data_state, apart_from=("tokenizer", "vocab_size"))
+    if changes and split in data.corpus.held_out:
+        raise ConfigError(
+            f"split={split} would be held out of a text that is not the one of the run ({changes}), which may have been"
+            f' trained on all of it: give a file for it, as in overrides="data.{split}=FILE"'
+        )
+    return changes

@@ -87,7 +87,7 @@ def test_an_image_of_padding_is_not_counted():
     means = []
     for batch in (whole, padded):
         task.means.reset()
-        outputs = task.evaluate(batch, 0, "val")
+        outputs = task.evaluation_step(batch, 0, "val")
         means.append({name: float(value) for name, value in task.means.compute().items()})
         (routing,), (words,) = outputs["final_routings"], outputs["words"]
         assert routing.num_tokens == 17 * 4

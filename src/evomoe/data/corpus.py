@@ -34,6 +34,9 @@ class Corpus(ABC):
     # What a user whose split came out empty can do; ends an error message.
     remedy = "give files with text"
 
+    held_out: tuple[str, ...] = ()
+    """Splits that are taken out of the training text, as none is given for them."""
+
     @abstractmethod
     def identity(self) -> dict[str, Any]:
         """Return plain values that determine the text: two corpora of equal identity hold the same splits."""

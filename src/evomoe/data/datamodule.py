@@ -32,7 +32,7 @@ class TextDataModule(StoredDataModule[TokenStore]):
         batch_size: B, windows per training batch and process.
         cache_dir: Folder of the encoded corpora.
         eval_batch_size: Windows per evaluation batch and process; None for `batch_size`.
-        vocab_size: Largest number of tokens of the tokenizer.
+        vocab_size: Largest number of tokens of the tokenizer, where none is adopted.
         num_workers: Processes that read batches ahead; 0 reads in the training process.
         seed: Seed of the training order.
         mask_token: Give the model one more token, after those of the tokenizer, to stand for a hidden word.

@@ -106,6 +106,7 @@ class HubCorpus(Corpus):
         self._text_field = text_field
         self._rows = rows
         self._holdout = HoldOut(self._hub.missing, holdout)
+        self.held_out = self._holdout.missing
 
     def identity(self) -> dict[str, Any]:
         """Return the options and the hash that `datasets` gives this revision of the data."""

@@ -99,6 +99,9 @@ class ColumnChoice:
 class LabelledCorpus(ABC):
     """Labelled sentences in three splits, `train`, `val` and `test`."""
 
+    held_out: tuple[str, ...] = ()
+    """Splits that are taken out of the training rows, as none is given for them."""
+
     def __init__(self) -> None:
         self._blank = dict.fromkeys(SPLITS, 0)
 

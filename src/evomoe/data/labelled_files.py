@@ -60,6 +60,7 @@ class LabelledFiles(LabelledCorpus):
         self._drops_bad_lines = bad_lines == "drop"
         self._bad_lines: dict[str, int] = {}
         self._holdout = HoldOut([split for split in SPLITS if split not in self._files], holdout)
+        self.held_out = self._holdout.missing
 
     def identity(self) -> dict[str, Any]:
         """Return the options and the digests of the files' contents: moving or renaming a file changes nothing."""
@@ -180,6 +181,7 @@ class HubLabels(LabelledCorpus):
         self._columns = columns
         self._classes: list[str] | None = None
         self._holdout = HoldOut(self._hub.missing, holdout)
+        self.held_out = self._holdout.missing
 
     def identity(self) -> dict[str, Any]:
         """Return the options and the hash that `datasets` gives this revision of the data."""

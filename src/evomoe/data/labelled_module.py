@@ -79,7 +79,7 @@ class LabelledDataModule(StoredDataModule[LabelledStore]):
         self.too_long = too_long
 
     @property
-    def store_options(self) -> dict[str, Any]:
+    def _store_options(self) -> dict[str, Any]:
         """What the store wants to know beside corpus and tokenizer."""
         return {"regression": self.regression}
 

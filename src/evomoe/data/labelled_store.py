@@ -24,7 +24,7 @@ from rich.progress import Progress
 from evomoe.data.cache import build_folder
 from evomoe.data.corpus import SPLITS
 from evomoe.data.labelled import LabelledCorpus, Row
-from evomoe.data.token_store import check_vocab_size, encoding_of, id_dtype
+from evomoe.data.token_store import encoding_of, id_dtype
 from evomoe.data.tokenizer import Tokenizer
 from evomoe.errors import ConfigError
 
@@ -108,7 +108,7 @@ class LabelledStore:
         *,
         regression: bool = False,
     ) -> Path:
-        """Encode the rows, unless the cache holds them already.
+        """Encode the rows, with a tokenizer trained on them unless one is given, unless the cache holds them already.
 
         Args:
             corpus: The rows.
@@ -124,8 +124,6 @@ class LabelledStore:
             ConfigError: A label cannot be, a split holds no row, the vocabulary is too small, or `cache_dir` cannot be
                 written.
         """
-        if tokenizer is None:
-            check_vocab_size(vocab_size)
         identity = LabelledStore.identity_of(corpus, vocab_size, tokenizer, regression=regression)
 
         def write(draft: Path, progress: Progress) -> None:

@@ -23,7 +23,7 @@ from rich.progress import Progress
 from evomoe.data.cache import build_folder
 from evomoe.data.corpus import SPLITS
 from evomoe.data.parallel import Pair, PairCorpus
-from evomoe.data.token_store import TokenFile, check_vocab_size, encoding_of, id_dtype
+from evomoe.data.token_store import TokenFile, encoding_of, id_dtype
 from evomoe.data.tokenizer import Tokenizer
 from evomoe.errors import ConfigError
 
@@ -122,7 +122,7 @@ class PairStore:
 
     @staticmethod
     def build(corpus: PairCorpus, vocab_size: int, cache_dir: Path, tokenizer: Tokenizer | None = None) -> Path:
-        """Train the joint tokenizer and encode the pairs, unless the cache holds them already.
+        """Encode the pairs, with a tokenizer trained on them unless one is given, unless the cache holds them already.
 
         Args:
             corpus: The pairs.
@@ -136,8 +136,6 @@ class PairStore:
         Raises:
             ConfigError: The vocabulary is too small, a split holds no pair, or `cache_dir` cannot be written.
         """
-        if tokenizer is None:
-            check_vocab_size(vocab_size)
         identity = PairStore.identity_of(corpus, vocab_size, tokenizer)
 
         def write(draft: Path, progress: Progress) -> None:

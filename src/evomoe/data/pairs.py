@@ -30,7 +30,7 @@ class PairDataModule(StoredDataModule[PairStore]):
         eval_batch_tokens: The same for evaluation; None for `batch_tokens`.
         too_long: Whether a training pair with a side beyond the context is cut (`truncate`) or left out (`drop`). In
             evaluation a source is cut, and its translation is held against the whole reference.
-        vocab_size: Largest number of tokens of the tokenizer, of both languages together.
+        vocab_size: Largest number of tokens of the tokenizer, of both languages together, where none is adopted.
         num_workers: Processes that read batches ahead; 0 reads in the training process.
         seed: Seed of the training order.
 

@@ -34,6 +34,9 @@ class PairCorpus(ABC):
         target: Language that is translated to.
     """
 
+    held_out: tuple[str, ...] = ()
+    """Splits that are taken out of the training pairs, as none is given for them."""
+
     def __init__(self, source: str, target: str) -> None:
         if source == target:
             raise ConfigError(f"data.source={source} and data.target={target} are one language: give two")
@@ -104,6 +107,7 @@ class ParallelFiles(PairCorpus):
             if stem is not None
         }
         self._holdout = HoldOut([split for split in SPLITS if split not in self._files], holdout)
+        self.held_out = self._holdout.missing
 
     def identity(self) -> dict[str, Any]:
         """Return the digests of the files' contents: moving or renaming a file changes nothing."""
@@ -178,6 +182,7 @@ class HubPairs(PairCorpus):
         super().__init__(source, target)
         self._hub = HubDataset(name, config, train, val, test)
         self._holdout = HoldOut(self._hub.missing, holdout)
+        self.held_out = self._holdout.missing
 
     def identity(self) -> dict[str, Any]:
         """Return the options and the hash that `datasets` gives this revision of the data."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, ClassVar, Generic, TypeVar
@@ -26,7 +27,7 @@ class StoredDataModule(LightningDataModule, Generic[Store]):
     Args:
         corpus: What is encoded.
         cache_dir: Folder of the encoded corpora.
-        vocab_size: Largest number of tokens of the tokenizer.
+        vocab_size: Largest number of tokens of the tokenizer, where none is adopted.
         sizes: Options that must be at least 1, by name; None is no option.
         num_workers: Processes that read batches ahead; 0 reads in the training process.
         seed: Seed of the training order.
@@ -59,7 +60,7 @@ class StoredDataModule(LightningDataModule, Generic[Store]):
         self._store: Store | None = None
 
     @property
-    def store_options(self) -> dict[str, Any]:
+    def _store_options(self) -> dict[str, Any]:
         """What the store wants to know beside corpus and tokenizer."""
         return {}
 
@@ -70,7 +71,7 @@ class StoredDataModule(LightningDataModule, Generic[Store]):
     def prepare_data(self) -> None:
         """Encode the corpus, with a tokenizer trained on it unless one was adopted, unless the cache holds it."""
         self.store_class.build(
-            self.corpus, self._requested_vocab_size, self._cache_dir, self._adopted, **self.store_options
+            self.corpus, self._requested_vocab_size, self._cache_dir, self._adopted, **self._store_options
         )
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
@@ -81,10 +82,14 @@ class StoredDataModule(LightningDataModule, Generic[Store]):
     @property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that name the text and its encoding."""
-        identity = self.store_class.identity_of(
-            self.corpus, self._requested_vocab_size, self._adopted, **self.store_options
+        return fingerprint(self.identity)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Plain values from which the text and its encoding follow."""
+        return self.store_class.identity_of(
+            self.corpus, self._requested_vocab_size, self._adopted, **self._store_options
         )
-        return fingerprint(identity)
 
     @property
     def store(self) -> Store:
@@ -95,7 +100,7 @@ class StoredDataModule(LightningDataModule, Generic[Store]):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the corpus."""
+        """The tokenizer that encodes the corpus."""
         return self.store.tokenizer
 
     @property
@@ -119,7 +124,7 @@ class StoredDataModule(LightningDataModule, Generic[Store]):
         """
         if state_dict["fingerprint"] != self.fingerprint:
             raise ConfigError(
-                f"the checkpoint was trained on other data ({self._changes_since(state_dict)}); "
+                f"the checkpoint was trained on other data ({self.changes_since(state_dict)}); "
                 "restore these or start a new run"
             )
         self.check_meaning(state_dict)
@@ -146,12 +151,18 @@ class StoredDataModule(LightningDataModule, Generic[Store]):
                     f"({shorten(str(here), 200)}); restore data.train"
                 )
 
-    def _changes_since(self, state_dict: dict[str, Any]) -> str:
+    def changes_since(self, state_dict: Mapping[str, Any], apart_from: Collection[str] = ()) -> str:
+        """Say in which of the values that determine it the data differ from those of a checkpoint.
+
+        Args:
+            state_dict: What `state_dict` returned for the checkpoint.
+            apart_from: Values to leave out.
+        """
         there: dict[str, Any] = flatten(state_dict["identity"])
-        here: dict[str, Any] = flatten(self.store.identity)
+        here: dict[str, Any] = flatten(self.identity)
         changes = [
             f"{name} {there.get(name)} -> {here.get(name)}"
-            for name in sorted({*there, *here})
+            for name in sorted({*there, *here} - {*apart_from})
             if there.get(name) != here.get(name)
         ]
         return ", ".join(changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")

@@ -47,6 +47,7 @@ class TextFileCorpus(Corpus):
         self._files = {split: _find(split, paths) for split, paths in given.items() if paths is not None}
         self._text_field = text_field
         self._holdout = HoldOut([split for split in SPLITS if split not in self._files], holdout)
+        self.held_out = self._holdout.missing
 
     def identity(self) -> dict[str, Any]:
         """Return the digests of the files' contents: moving or renaming a file changes nothing."""

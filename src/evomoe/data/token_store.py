@@ -108,7 +108,7 @@ class TokenStore:
 
     @staticmethod
     def build(corpus: Corpus, vocab_size: int, cache_dir: Path, tokenizer: Tokenizer | None = None) -> Path:
-        """Train the tokenizer and encode the corpus, unless the cache holds it already.
+        """Encode the corpus, with a tokenizer trained on it unless one is given, unless the cache holds it already.
 
         Args:
             corpus: The text.
@@ -122,8 +122,6 @@ class TokenStore:
         Raises:
             ConfigError: The vocabulary is too small, a split holds no text, or `cache_dir` cannot be written.
         """
-        if tokenizer is None:
-            check_vocab_size(vocab_size)
         identity = TokenStore.identity_of(corpus, vocab_size, tokenizer)
 
         def write(draft: Path, progress: Progress) -> None:
@@ -180,22 +178,18 @@ def id_dtype(tokenizer: Tokenizer) -> str:
 
 
 def encoding_of(vocab_size: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Return the plain values that say how a store encodes: with a given tokenizer, or one of its own of a size."""
-    if tokenizer is None:
-        return {"vocab_size": vocab_size}
-    return {"tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:16]}
-
-
-def check_vocab_size(vocab_size: int) -> None:
-    """Refuse a vocabulary without room for every byte.
+    """Return the plain values that say how a store encodes: with a given tokenizer, or one of its own of a size.
 
     Raises:
-        ConfigError: It is too small.
+        ConfigError: The vocabulary of its own has no room for every byte.
     """
+    if tokenizer is not None:
+        return {"tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:16]}
     if vocab_size < SMALLEST_VOCABULARY:
         raise ConfigError(
             f"data.vocab_size={vocab_size} is too small: byte-level BPE needs at least {SMALLEST_VOCABULARY}"
         )
+    return {"vocab_size": vocab_size}
 
 
 class _Sample:

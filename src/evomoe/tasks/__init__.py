@@ -1,5 +1,6 @@
 """One LightningModule per task."""
 
+from evomoe.tasks.evaluated_task import EvaluatedTask
 from evomoe.tasks.image_classification import ImageClassification
 from evomoe.tasks.language_modeling import LanguageModeling
 from evomoe.tasks.masked_lm import MaskedLanguageModeling
@@ -10,6 +11,7 @@ from evomoe.tasks.translation import Translation
 
 __all__ = [
     "Coefficient",
+    "EvaluatedTask",
     "ImageClassification",
     "LanguageModeling",
     "MaskedLanguageModeling",

@@ -18,7 +18,7 @@ class EvaluatedTask(MoETask):
     """Base of the tasks that are validated and tested, both in the same way.
 
     Each batch is measured under two rules: the rule of training, without noise, and, with the suffix ``_sparse``, the
-    router's final sparse rule. A task sets ``means``, and says in :meth:`evaluate` what one batch adds to it.
+    router's final sparse rule. A task sets ``means``, and says in :meth:`evaluation_step` what one batch adds to it.
     """
 
     means: RuleMeans
@@ -27,7 +27,7 @@ class EvaluatedTask(MoETask):
         """Count from nothing."""
         self.means.reset()
 
-    def evaluate(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> dict[str, Any]:
+    def evaluation_step(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> dict[str, Any]:
         """Add one batch.
 
         Args:
@@ -40,9 +40,14 @@ class EvaluatedTask(MoETask):
         """
         raise NotImplementedError
 
-    def results(self, split: str) -> dict[str, Tensor | float]:
+    def evaluation_results(self, split: str) -> dict[str, Tensor | float]:
         """What an evaluation found, by the name under which it is logged, without the split."""
         return dict(self.means.compute())
+
+    def perplexities(self) -> dict[str, Tensor]:
+        """Of the mean losses under both rules, in the units of ``means``."""
+        losses = self.means.compute()
+        return {f"perplexity{suffix}": losses[f"loss{suffix}"].exp() for suffix in ("", "_sparse")}
 
     def under_both_rules(
         self, measure: Callable[[bool], tuple[Values, Sequence[Routing]]]
@@ -58,7 +63,7 @@ class EvaluatedTask(MoETask):
             What it finds under each rule, and the routings of the final one.
         """
         values, routings = measure(False)
-        final_values, final_routings = measure(True) if self.rules_differ() else (values, routings)
+        final_values, final_routings = measure(True) if self._rules_differ() else (values, routings)
         return values, final_values, final_routings
 
     def on_validation_epoch_start(self) -> None:
@@ -70,12 +75,12 @@ class EvaluatedTask(MoETask):
         self.begin_evaluation()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Add one batch; returns what :meth:`evaluate` does."""
-        return self.evaluate(batch, batch_idx, "val")
+        """Add one batch; returns what :meth:`evaluation_step` does."""
+        return self.evaluation_step(batch, batch_idx, "val")
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Add one batch; returns what :meth:`evaluate` does."""
-        return self.evaluate(batch, batch_idx, "test")
+        """Add one batch; returns what :meth:`evaluation_step` does."""
+        return self.evaluation_step(batch, batch_idx, "test")
 
     def on_validation_epoch_end(self) -> None:
         """Log what was found."""
@@ -85,6 +90,11 @@ class EvaluatedTask(MoETask):
         """Log what was found."""
         self._log_results("test")
 
+    def _rules_differ(self) -> bool:
+        layers = self.model.moe_layers.values()
+        return any(layer.live_experts > 1 and layer.router.rules_differ for layer in layers)
+
     def _log_results(self, split: str) -> None:
         # Equal on all processes already; sync_dist keeps Lightning from doubting it.
-        self.log_dict({f"{split}/{name}": value for name, value in self.results(split).items()}, sync_dist=True)
+        results = self.evaluation_results(split)
+        self.log_dict({f"{split}/{name}": value for name, value in results.items()}, sync_dist=True)

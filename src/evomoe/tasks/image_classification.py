@@ -81,7 +81,7 @@ class ImageClassification(EvaluatedTask):
         work = Work(tokens=positions, forward_flops=flops * len(labels))
         return self.training_outputs(loss, routings, work)
 
-    def evaluate(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> dict[str, Any]:
+    def evaluation_step(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> dict[str, Any]:
         """Add loss and accuracies of one batch."""
         sums, sparse_sums, final_routings = self.under_both_rules(partial(self._classify, batch))
         self.means.update(batch["valid"].sum(), sums, sparse_sums)

@@ -64,21 +64,19 @@ class LanguageModeling(EvaluatedTask):
         work = Work(tokens=count, forward_flops=forward_flops)
         return self.training_outputs(total_loss / count, routings, work)
 
-    def evaluate(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> dict[str, Any]:
+    def evaluation_step(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> dict[str, Any]:
         """Add the loss of one batch."""
         loss, sparse_loss, final_routings = self.under_both_rules(partial(self._cross_entropy, batch))
         self.means.update(_count(batch), {"loss": loss}, {"loss": sparse_loss})
         words = Words(batch["tokens"][:, :-1], batch.get("valid"))
         return {"final_routings": final_routings, "words": [words] * len(final_routings)}
 
-    def results(self, split: str) -> dict[str, Tensor | float]:
+    def evaluation_results(self, split: str) -> dict[str, Tensor | float]:
         """The mean loss over all tokens, and perplexities."""
-        losses = self.means.compute()
-        loss, units = losses["loss"], self.trainer.datamodule.units(split)  # type: ignore[attr-defined]
+        loss, units = self.means.compute()["loss"], self.trainer.datamodule.units(split)  # type: ignore[attr-defined]
         return {
-            **losses,
-            "perplexity": loss.exp(),
-            "perplexity_sparse": losses["loss_sparse"].exp(),
+            **super().evaluation_results(split),
+            **self.perplexities(),
             # Independent of the tokenizer: the same total surprise, shared among words or bytes.
             "perplexity_word": (loss * units["tokens"] / units["words"]).exp(),
             "bits_per_byte": loss * units["tokens"] / units["bytes"] / math.log(2),

@@ -97,7 +97,7 @@ class MaskedLanguageModeling(EvaluatedTask):
         super().begin_evaluation()
         self.unigram.reset()
 
-    def evaluate(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> dict[str, Any]:
+    def evaluation_step(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> dict[str, Any]:
         """Add loss and accuracy of one batch; a test also counts how often a constant guess is right."""
         # The same masks in every evaluation; other ones in every batch and process. A GPU would draw other ones.
         seed = batch_idx * self.trainer.world_size + self.global_rank
@@ -105,19 +105,18 @@ class MaskedLanguageModeling(EvaluatedTask):
         sums, sparse_sums, final_routings = self.under_both_rules(partial(self._guess, batch, inputs, chosen))
         count = chosen.sum()
         self.means.update(count, sums, sparse_sums)
-        if self.most_frequent_id is not None:
+        if split == "test" and self.most_frequent_id is not None:
             hits = (batch["tokens"][:, :-1][chosen] == self.most_frequent_id).sum()
             self.unigram.update(count, {"accuracy": hits}, {"accuracy": hits})
         words = Words(inputs, batch.get("valid"))
         return {"final_routings": final_routings, "words": [words] * len(final_routings)}
 
-    def results(self, split: str) -> dict[str, Tensor | float]:
+    def evaluation_results(self, split: str) -> dict[str, Tensor | float]:
         """The means over the chosen tokens; of a test also the accuracy of a constant guess."""
-        means = self.means.compute()
-        means |= {f"perplexity{suffix}": means[f"loss{suffix}"].exp() for suffix in ("", "_sparse")}
+        results = super().evaluation_results(split) | self.perplexities()
         if split == "test":
-            means["unigram_accuracy"] = self.unigram.compute()["accuracy"]
-        return dict(means)
+            results["unigram_accuracy"] = self.unigram.compute()["accuracy"]
+        return results
 
     def _mask(self, batch: dict[str, Tensor], generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         return mask_tokens(

@@ -136,11 +136,6 @@ class MoETask(L.LightningModule):
             self.log(f"train/loss_{name}", values.detach().mean())
         return loss
 
-    def rules_differ(self) -> bool:
-        """Whether the final rule now routes otherwise than the training rule, so that both are worth evaluating."""
-        layers = self.model.moe_layers.values()
-        return any(layer.live_experts > 1 and layer.router.rules_differ for layer in layers)
-
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the routers that keep running state update it, before any callback can save."""
         super().optimizer_step(*args, **kwargs)

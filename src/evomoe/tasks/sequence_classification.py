@@ -102,22 +102,22 @@ class SequenceClassification(EvaluatedTask):
         self.scores.reset()
         self.majority.reset()
 
-    def evaluate(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> dict[str, Any]:
+    def evaluation_step(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> dict[str, Any]:
         """Add loss and scores of one batch; a test also counts how often a constant guess is right."""
         outputs, sparse_outputs, final_routings = self.under_both_rules(partial(self._classify, batch))
         labels = batch["labels"][batch["valid"][:, 0]]
         loss, sparse_loss = (self._losses_of(values, labels).sum() for values in (outputs, sparse_outputs))
         self.means.update(len(labels), {"loss": loss}, {"loss": sparse_loss})
         self.scores.update(outputs, sparse_outputs, labels)
-        if self.majority_class is not None:
+        if split == "test" and self.majority_class is not None:
             hits = (labels == self.majority_class).sum()
             self.majority.update(len(labels), {"accuracy": hits}, {"accuracy": hits})
         words = Words(batch["tokens"], batch["valid"])
         return {"final_routings": final_routings, "words": [words] * len(final_routings)}
 
-    def results(self, split: str) -> dict[str, Tensor | float]:
+    def evaluation_results(self, split: str) -> dict[str, Tensor | float]:
         """Loss and scores; of a test of classes also the accuracy of a constant guess."""
-        values = super().results(split) | self.scores.compute()
+        values = super().evaluation_results(split) | self.scores.compute()
         if split == "test" and self.majority_class is not None:
             values["majority_accuracy"] = self.majority.compute()["accuracy"]
         return values

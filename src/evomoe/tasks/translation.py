@@ -90,9 +90,9 @@ class Translation(EvaluatedTask):
         count = batch["valid"].sum()
         (sequences, source), target = batch["source"].shape, batch["valid"].shape[1]
         # The encoder's layers come first, and see other tokens than the decoder's.
-        split = len(routings) // 2
-        active = [routing.rows / (sequences * source) for routing in routings[:split]]
-        active += [routing.rows / (sequences * target) for routing in routings[split:]]
+        half = len(routings) // 2
+        active = [routing.rows / (sequences * source) for routing in routings[:half]]
+        active += [routing.rows / (sequences * target) for routing in routings[half:]]
         flops = self.model.forward_flops(sequences, source, target, active)
         work = Work(tokens=count, forward_flops=flops)
         return self.training_outputs(total / count, routings, work)
@@ -102,7 +102,7 @@ class Translation(EvaluatedTask):
         super().begin_evaluation()
         self.scores.reset()
 
-    def evaluate(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> dict[str, Any]:
+    def evaluation_step(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> dict[str, Any]:
         """Add the loss of one batch, and translate: all sentences of a test; of a validation a sample, at its start."""
         # Here and not when the epoch begins or ends: autocast is on, and so are averaged weights.
         if split == "test":
@@ -113,16 +113,13 @@ class Translation(EvaluatedTask):
         loss, sparse_loss, final_routings = self.under_both_rules(partial(self._cross_entropy, batch))
         self.means.update(batch["valid"].sum(), {"loss": loss}, {"loss": sparse_loss})
         source, target = Words(batch["source"], batch["source_valid"]), Words(batch["target"][:, :-1], batch["valid"])
-        half = len(final_routings) // 2  # the encoder's layers come first
+        half = len(final_routings) // 2
         words = [source] * half + [target] * (len(final_routings) - half)
         return {"final_routings": final_routings, "words": words}
 
-    def results(self, split: str) -> dict[str, Tensor | float]:
+    def evaluation_results(self, split: str) -> dict[str, Tensor | float]:
         """The means over the target tokens, and the scores of the translations."""
-        values: dict[str, Tensor | float] = {}
-        for name, loss in self.means.compute().items():
-            values |= {name: loss, name.replace("loss", "perplexity"): loss.exp()}
-        return values | self.scores.compute()
+        return super().evaluation_results(split) | self.perplexities() | self.scores.compute()
 
     def on_test_epoch_end(self) -> None:
         """Log what was found; print how the scores are computed."""

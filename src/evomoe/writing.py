@@ -14,8 +14,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from evomoe.data import Tokenizer
-from evomoe.data.labelled_batches import join
-from evomoe.data.text_files import lines
+from evomoe.data.labelled.batches import join
+from evomoe.data.text.files import lines
 from evomoe.errors import ConfigError
 from evomoe.models.beam_search import Hypothesis, beam_search
 from evomoe.models.filling import fill

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from evomoe.data.images import ImageSet, ImageSource, LabelledImages
+from evomoe.data.images.source import ImageSet, ImageSource, LabelledImages
 
 
 def draw(count: int, channels: int = 3, size: int = 8, classes: int = 3, seed: int = 0) -> LabelledImages:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.progress import Progress
 
 from evomoe.data import PairFiles
-from evomoe.data.parallel import Pair, PairCorpus
+from evomoe.data.pairs.corpus import Pair, PairCorpus
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 

@@ -1,8 +1,7 @@
-"""Data: corpora, tokenizer, token store, loaders, and the Lightning datamodules over them."""
+"""Data: a folder for each kind, and what the kinds share: tokenizer, cache, resumable order."""
 
-from evomoe.data.datamodule import EmbeddedText, HubText, TextDataModule, TextFiles
-from evomoe.data.images_augmentation import Augmentation
-from evomoe.data.images_module import (
+from evomoe.data.images.augmentation import Augmentation
+from evomoe.data.images.module import (
     CifarImages,
     DigitImages,
     FolderImages,
@@ -10,8 +9,9 @@ from evomoe.data.images_module import (
     IdxImages,
     ImageDataModule,
 )
-from evomoe.data.labelled_module import DocstringPackages, GlueFiles, HubGlue, LabelledDataModule
-from evomoe.data.pairs import EmbeddedPairs, HubTranslation, PairDataModule, PairFiles
+from evomoe.data.labelled.module import DocstringPackages, GlueFiles, HubGlue, LabelledDataModule
+from evomoe.data.pairs.module import EmbeddedPairs, HubTranslation, PairDataModule, PairFiles
+from evomoe.data.text.module import EmbeddedText, HubText, TextDataModule, TextFiles
 from evomoe.data.tokenizer import Tokenizer
 
 __all__ = [

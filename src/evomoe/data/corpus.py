@@ -1,12 +1,11 @@
-"""What a text corpus is: named splits that are read as a stream of pieces."""
+"""What corpora of every kind share: named splits, names for texts, and splits held out of the training data."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 from rich.progress import Progress
 
@@ -15,48 +14,6 @@ from evomoe.errors import ConfigError
 Item = TypeVar("Item")
 
 SPLITS = ("train", "val", "test")
-
-# Running text is cut at line ends into blocks of about this many characters: the unit that is encoded at once, and
-# the unit that is held out when a corpus has no validation file. Part of the format of the cache.
-BLOCK_CHARACTERS = 4096
-
-
-class Piece(NamedTuple):
-    """A part of a document, in reading order; `ends_document` says whether the next piece opens another document."""
-
-    text: str
-    ends_document: bool
-
-
-class Corpus(ABC):
-    """Text in three splits, `train`, `val` and `test`."""
-
-    # What a user whose split came out empty can do; ends an error message.
-    remedy = "give files with text"
-
-    held_out: tuple[str, ...] = ()
-    """Splits that are taken out of the training text, as none is given for them."""
-
-    @abstractmethod
-    def identity(self) -> dict[str, Any]:
-        """Return plain values that determine the text: two corpora of equal identity hold the same splits."""
-
-    @abstractmethod
-    def pieces(self, split: str, progress: Progress) -> Iterator[Piece]:
-        """Read a split from its start; the last piece of all ends a document.
-
-        Args:
-            split: One of `SPLITS`.
-            progress: Where the reading is shown.
-        """
-
-    def explain_empty(self, split: str) -> str:
-        """Say why a split holds no text, and what to do about it."""
-        return f"data.{split} holds no text; {self.remedy}"
-
-    def notes(self) -> dict[str, int]:
-        """Return counts worth keeping about the reading, such as skipped files; complete once every split is read."""
-        return {}
 
 
 def fingerprint(identity: dict[str, Any]) -> str:
@@ -89,20 +46,6 @@ def text_key(text: str) -> bytes:
     return hashlib.blake2b(normalise(text).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def blocks(lines: Iterable[str]) -> Iterator[Piece]:
-    """Gather the lines of one document (each with its line end) into blocks of at least `BLOCK_CHARACTERS`."""
-    block: list[str] = []
-    size = 0
-    for line in lines:
-        if size >= BLOCK_CHARACTERS:
-            yield Piece("".join(block), ends_document=False)
-            block, size = [], 0
-        block.append(line)
-        size += len(line)
-    if block:
-        yield Piece("".join(block), ends_document=True)
-
-
 def track(progress: Progress, items: Iterable[Item], total: int, description: str) -> Iterator[Item]:
     """Yield the items under a bar of their own, which goes when they end or are left."""
     task = progress.add_task(description, total=total)
@@ -132,12 +75,8 @@ class HoldOut:
             raise ConfigError(f"data.holdout={fraction} must be above 0 and at most 0.25; try data.holdout=0.05")
         self._saw_text = False
 
-    def select(self, split: str, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        """Keep the pieces of one split; a gap between kept pieces ends the document."""
-        return _keep(pieces, lambda text: self.split_of(text) == split) if self.missing else iter(pieces)
-
     def explain_empty(self, split: str, source: str) -> str | None:
-        """Why a split that :meth:`select` has gone through is empty; None where holding out is not to blame.
+        """Why a split that whose texts :meth:`split_of` has seen is empty; None where holding out is not to blame.
 
         Args:
             split: The empty split.
@@ -154,14 +93,3 @@ class HoldOut:
         self._saw_text = self._saw_text or bool(text.strip())
         index = int(unit_hash(normalise(text), "holdout") / self.fraction)
         return self.missing[index] if index < len(self.missing) else "train"
-
-
-def _keep(pieces: Iterable[Piece], wanted: Callable[[str], bool]) -> Iterator[Piece]:
-    waiting: str | None = None  # a kept piece whose successor is not yet known
-    for text, ends_document in pieces:
-        kept = wanted(text)
-        if waiting is not None:
-            yield Piece(waiting, ends_document=not kept)
-        waiting = text if kept and not ends_document else None
-        if kept and ends_document:
-            yield Piece(text, ends_document=True)

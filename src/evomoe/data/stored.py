@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 from lightning.pytorch import LightningDataModule
 
 from evomoe.data.corpus import fingerprint, flatten
-from evomoe.data.labelled_store import LabelledStore
-from evomoe.data.pair_store import PairStore
-from evomoe.data.token_store import TokenStore
+from evomoe.data.labelled.store import LabelledStore
+from evomoe.data.pairs.store import PairStore
+from evomoe.data.text.store import TokenStore
 from evomoe.data.tokenizer import Tokenizer
 from evomoe.errors import ConfigError
 

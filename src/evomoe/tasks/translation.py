@@ -30,7 +30,7 @@ NO_TARGET = -100
 
 
 class Translation(EvaluatedTask):
-    """Trains a :class:`Transformer` on batches of sentence pairs, see :class:`evomoe.data.pair_batches.PairBatches`.
+    """Trains a :class:`Transformer` on batches of sentence pairs, see :class:`evomoe.data.pairs.batches.PairBatches`.
 
     The training loss is the mean cross-entropy of a target token with smoothed labels. Evaluations log, under both
     rules, ``loss``, without smoothing, and ``perplexity`` of a target token given the reference before it; and of

@@ -1,0 +1,1 @@
+"""Labelled images: sources, augmentation, and the datamodules over them."""

@@ -1,0 +1,363 @@
+"""Lightning datamodules for image classification: one base class, one subclass per source of images.
+
+Shapes: B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from textwrap import shorten
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from evomoe.data.corpus import fingerprint
+from evomoe.data.images.arrays import Cifar, Digits, IdxFiles
+from evomoe.data.images.augmentation import Augmentation
+from evomoe.data.images.files import HubImages, ImageFolder
+from evomoe.data.images.source import ImageSet, ImageSource, LabelledImages
+from evomoe.data.sampling import (
+    Batch,
+    ResumableDataLoader,
+    TrainingSampler,
+    evaluation_loader,
+    rank_and_world_size,
+    training_loader,
+)
+from evomoe.errors import ConfigError
+
+NO_AUGMENTATION = Augmentation()
+
+
+class ImageDataset(Dataset[dict[str, Any]]):
+    """Images of a split as `{"images": (C, H, W) float32, "labels": int, "valid": bool}`.
+
+    The items of training are asked for by epoch and number, as the augmentation of an image depends on both. Images
+    beyond the last are grey and not valid: ranks that would have one less than others score those.
+
+    Args:
+        split: The images.
+        mean: Of the channels in the training split, `(C,)`, on the scale from 0 to 1.
+        std: The same of their standard deviation.
+        augmentation: What changes the images; none in evaluation.
+        seed: Of the augmentation.
+    """
+
+    def __init__(
+        self,
+        split: LabelledImages,
+        mean: np.ndarray,
+        std: np.ndarray,
+        augmentation: Augmentation = NO_AUGMENTATION,
+        seed: int = 0,
+    ) -> None:
+        self._split = split
+        self._scale = (1 / (255 * std)).astype(np.float32)[:, None, None]
+        self._shift = (mean / std).astype(np.float32)[:, None, None]
+        self._augmentation = augmentation
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = item if isinstance(item, tuple) else (0, item)
+        if index >= len(self):
+            return {"images": np.zeros(self._split.images.shape[1:], np.float32), "labels": 0, "valid": False}
+        image = self._augmentation(self._split.images[index], self._seed, epoch, index)
+        label = int(self._split.labels[index])
+        return {"images": image * self._scale - self._shift, "labels": label, "valid": True}
+
+
+class ImageSampler(TrainingSampler):
+    """The training order of pairs of epoch and number of an image; see `TrainingSampler`."""
+
+    def order(self, epoch: int) -> list[tuple[int, int]]:
+        """Return what this process takes in an epoch, a pure function of its arguments."""
+        return [(epoch, index) for index in super().order(epoch)]
+
+
+class ImageDataModule(LightningDataModule):
+    """Batches `{"images": (B, C, H, W) float32, "labels": (B,) int64, "valid": (B,) bool}`, for classification.
+
+    The images lie in memory as bytes. Each channel is normalised to mean 0 and standard deviation 1 over the training
+    split. An image that is not valid is padding, of which a run of several processes may have one each in its last
+    evaluation batch. `prepare_data()` and `setup()` need no Trainer and may be called again at no cost.
+
+    Args:
+        source: The images.
+        batch_size: B, images per training batch and process.
+        eval_batch_size: Images per evaluation batch and process; None for `batch_size`.
+        augmentation: What changes the training images.
+        num_workers: Processes that read batches ahead; 0 reads in the training process.
+        seed: Seed of the training order and of the augmentation.
+
+    Raises:
+        ConfigError: A size is not positive.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        *,
+        batch_size: int,
+        eval_batch_size: int | None = None,
+        augmentation: Augmentation = NO_AUGMENTATION,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if size is not None and size < 1:
+                raise ConfigError(f"data.{name}={size} must be at least 1")
+        self.source = source
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.augmentation = augmentation
+        self.num_workers = num_workers
+        self.seed = seed
+        self._images: ImageSet | None = None
+
+    def prepare_data(self) -> None:
+        """Download what is missing."""
+        self.source.prepare()
+
+    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
+        """Read all splits, whatever the stage.
+
+        Raises:
+            ConfigError: The images are not square, or have a channel without any contrast.
+        """
+        if self._images is not None:
+            return
+        images = self.source.load()
+        _, height, width = images.shape
+        if height != width:
+            raise ConfigError(f"the images have {height} x {width} pixels: expected square ones; cut or pad them")
+        self._images = images
+        pixels = images.splits["train"].images
+        if (pixels.min(axis=(0, 2, 3)) == pixels.max(axis=(0, 2, 3))).all():
+            raise ConfigError("every channel of the training images is constant: there is nothing to learn from them")
+
+    @property
+    def images(self) -> ImageSet:
+        """The splits."""
+        if self._images is None:
+            raise RuntimeError("call prepare_data() and setup() first")
+        return self._images
+
+    @property
+    def classes(self) -> list[str]:
+        """Name of each class."""
+        return self.images.classes
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean of each channel over the training split, `(C,)`, on the scale from 0 to 1."""
+        return self._moments[0]
+
+    @property
+    def std(self) -> np.ndarray:
+        """Standard deviation of each channel over the training split, `(C,)`, on the scale from 0 to 1; 1 for none."""
+        return self._moments[1]
+
+    @cached_property
+    def _moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Exact, from the counts of the 256 values of a pixel."""
+        values = np.arange(256) / 255
+        planes = self.images.splits["train"].images.swapaxes(0, 1)
+        counts = np.stack([np.bincount(plane.ravel(), minlength=256) for plane in planes])  # (C, 256)
+        shares = counts / counts.sum(axis=1, keepdims=True)
+        mean = shares @ values
+        variance = (shares * (values - mean[:, None]) ** 2).sum(axis=1)
+        return mean, np.where(np.ptp(planes, axis=(1, 2, 3)) > 0, np.sqrt(variance), 1.0)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Plain values that tell these images from others."""
+        counts = {split: len(images) for split, images in self.images.splits.items()}
+        return {**self.source.identity(), **counts, "classes": len(self.classes), "content": self.images.digest()}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that name the images."""
+        return fingerprint(self.identity)
+
+    def model_sizes(self) -> dict[str, int]:
+        """Return the arguments of a model that the data decide."""
+        channels, size, _ = self.images.shape
+        return {"num_classes": len(self.classes), "channels": channels, "image_size": size}
+
+    def describe(self) -> str:
+        """Return one line for the log: what the images are, and how many."""
+        counts = ", ".join(f"{split} {len(images):,}" for split, images in self.images.splits.items())
+        channels, height, width = self.images.shape
+        return (
+            f"{self.source.identity()['images']}: {counts} images of {channels} x {height} x {width} in "
+            f"{len(self.classes)} classes ({self.fingerprint})"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the images are, the names of their classes, and their mean and deviation, as plain values."""
+        return {
+            "fingerprint": self.fingerprint,
+            "identity": self.identity,
+            "classes": self.classes,
+            "mean": self.mean.tolist(),
+            "std": self.std.tolist(),
+        }
+
+    def check_meaning(self, state_dict: dict[str, Any]) -> None:
+        """Check that a checkpoint can be measured on these images, which may be others than those it is of.
+
+        Args:
+            state_dict: What `state_dict` returned for the checkpoint.
+
+        Raises:
+            ConfigError: Classes have other numbers, or channels are normalised in another way.
+        """
+        there, here = state_dict["classes"], self.classes
+        if there != here:
+            raise ConfigError(
+                f"the checkpoint was trained on other classes ({shorten(str(there), 200)}) than these images have "
+                f"({shorten(str(here), 200)}); restore the training images"
+            )
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if not np.allclose(state_dict.get(name, value), value):  # older checkpoints do not say
+                raise ConfigError(
+                    f"the checkpoint was trained on images of another {name} of the channels ({state_dict[name]}) than "
+                    f"these ({value.tolist()}), by which they are normalised; restore the training images"
+                )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that a checkpoint belongs to these images.
+
+        Raises:
+            ConfigError: It was trained on others.
+        """
+        if state_dict["fingerprint"] == self.fingerprint:
+            return
+        there, here = state_dict["identity"], self.identity
+        names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+        changes = ", ".join(f"{name} {there.get(name)} -> {here.get(name)}" for name in names)
+        raise ConfigError(f"the checkpoint was trained on other images ({changes}); restore these or start a new run")
+
+    def dataset(self, split: str) -> ImageDataset:
+        """Return the images of a split as they are evaluated: normalised, not augmented."""
+        return ImageDataset(self.images.splits[split], self.mean, self.std)
+
+    def train_dataloader(self) -> ResumableDataLoader:
+        """Return the shuffled training batches, whose position Lightning saves and restores."""
+        images = ImageDataset(self.images.splits["train"], self.mean, self.std, self.augmentation, self.seed)
+        identity = {
+            "data fingerprint": self.fingerprint,
+            "data.batch_size": self.batch_size,
+            **self.augmentation.identity(),
+        }
+        rank, world_size = rank_and_world_size()
+        sampler = ImageSampler(images, "images", identity, self.batch_size, self.seed, rank, world_size)
+        return training_loader(images, sampler, self.batch_size, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Return the validation images in order."""
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Return the test images in order."""
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, split: str) -> DataLoader[Batch]:
+        rank, world_size = rank_and_world_size()
+        return evaluation_loader(self.dataset(split), self.eval_batch_size, self.num_workers, rank, world_size)
+
+
+class DigitImages(ImageDataModule):
+    """Handwritten digits of 8 x 8 pixels, from scikit-learn. No download.
+
+    Args:
+        holdout: Share of each class that is held out for validation; twice as much is for the test.
+        options: Those of `ImageDataModule`.
+    """
+
+    def __init__(self, holdout: float = 0.1, **options: Any) -> None:
+        super().__init__(Digits(holdout), **options)
+
+
+class IdxImages(ImageDataModule):
+    """MNIST, Fashion-MNIST and their like.
+
+    Args:
+        path: Folder of the four files, packed by gzip or not.
+        holdout: Share of the training images of each class that is held out for validation.
+        options: Those of `ImageDataModule`.
+    """
+
+    def __init__(self, path: str, holdout: float = 0.1, **options: Any) -> None:
+        super().__init__(IdxFiles(path, holdout), **options)
+
+
+class CifarImages(ImageDataModule):
+    """CIFAR-10 and CIFAR-100 in their binary versions, or any images in an `.npz` file.
+
+    Args:
+        path: Folder of the `.bin` files, or an `.npz` file; see `Cifar`.
+        holdout: Share of the training images of each class that is held out for validation.
+        options: Those of `ImageDataModule`.
+    """
+
+    def __init__(self, path: str, holdout: float = 0.1, **options: Any) -> None:
+        super().__init__(Cifar(path, holdout), **options)
+
+
+class FolderImages(ImageDataModule):
+    """The user's own image files: a folder for each split, in it one for each class.
+
+    Args:
+        path: Folder of `train`, `test`, and perhaps `val`.
+        image_size: Height and width to which the images are brought; None if all have one size.
+        channels: 3 for colours, 1 for grey.
+        holdout: Share of each class that is held out of `train` where there is no `val`.
+        options: Those of `ImageDataModule`.
+    """
+
+    def __init__(
+        self, path: str, image_size: int | None = None, channels: int = 3, holdout: float = 0.1, **options: Any
+    ) -> None:
+        super().__init__(ImageFolder(path, image_size, channels, holdout), **options)
+
+
+class HubImageData(ImageDataModule):
+    """A public data set by name, through Hugging Face `datasets`.
+
+    Args:
+        name: Name on the Hub, or path of a local folder.
+        config: Configuration of the data set.
+        train: Name of its training split.
+        val: Name of its validation split; None holds it out of `train`.
+        test: Name of its test split.
+        image_field: Column of the images.
+        label_field: Column of the labels.
+        image_size: Height and width to which the images are brought; None if all have one size.
+        channels: 3 for colours, 1 for grey.
+        holdout: Share of each class that is held out of `train` where `val` is None.
+        options: Those of `ImageDataModule`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: str | None = None,
+        train: str = "train",
+        val: str | None = None,
+        test: str = "test",
+        image_field: str = "image",
+        label_field: str = "label",
+        image_size: int | None = None,
+        channels: int = 3,
+        holdout: float = 0.1,
+        **options: Any,
+    ) -> None:
+        source = HubImages(name, config, train, val, test, image_field, label_field, image_size, channels, holdout)
+        super().__init__(source, **options)

@@ -1,0 +1,241 @@
+"""Labelled sentences from tables: tab-separated files as GLUE's, JSON lines, and data sets of the Hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from evomoe.data.corpus import SPLITS, HoldOut, track
+from evomoe.data.hub import HubDataset
+from evomoe.data.labelled.corpus import ColumnChoice, LabelledCorpus, Row, select
+from evomoe.data.text.files import digest, lines
+from evomoe.errors import ConfigError
+
+BAD_LINES = ("refuse", "drop")
+_SUFFIXES = (".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz")
+_REPORT_EVERY = 1000  # lines between two movements of a bar
+
+
+class LabelledFiles(LabelledCorpus):
+    """Files of rows: `.tsv` (a header, then fields between tabs, nothing quoted), `.jsonl`, either with `.gz`.
+
+    Args:
+        train: Path of the training rows.
+        val: The same for validation; None holds it out of `train`.
+        test: The same for the test; None holds it out of `train`.
+        columns: Which of them to read.
+        header: Names of the columns of `.tsv` files that begin without a header.
+        holdout: Share of the training rows that is held out for each missing split.
+        bad_lines: Whether a line of too many or too few fields, or that is no JSON object, is an error (`refuse`) or is
+            left out and counted (`drop`).
+
+    Raises:
+        ConfigError: A file does not exist, or is of another kind, or `bad_lines` is unknown.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        val: str | None,
+        test: str | None,
+        columns: ColumnChoice,
+        header: Sequence[str] | None = None,
+        holdout: float = 0.05,
+        bad_lines: str = "refuse",
+    ) -> None:
+        super().__init__()
+        if bad_lines not in BAD_LINES:
+            raise ConfigError(
+                f"data.bad_lines={bad_lines} is unknown; use data.bad_lines=refuse or data.bad_lines=drop"
+            )
+        given = {"train": train, "val": val, "test": test}
+        self._files = {split: _find(split, path) for split, path in given.items() if path is not None}
+        self._columns = columns
+        self._header = None if header is None else list(header)
+        self._drops_bad_lines = bad_lines == "drop"
+        self._bad_lines: dict[str, int] = {}
+        self._holdout = HoldOut([split for split in SPLITS if split not in self._files], holdout)
+        self.held_out = self._holdout.missing
+
+    def identity(self) -> dict[str, Any]:
+        """Return the options and the digests of the files' contents: moving or renaming a file changes nothing."""
+        return {
+            "corpus": "labelled_files",
+            "corpus_format": 1,
+            "columns": self._columns.identity(),
+            "header": self._header,
+            "holdout": self._holdout.fraction if self._holdout.missing else None,
+            "files": self._digests,
+            # Only if so: what was read without the option is what it would read.
+            **({"bad_lines": "drop"} if self._drops_bad_lines else {}),
+        }
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        return {split: digest(file) for split, file in self._files.items()}
+
+    def explain_empty(self, split: str) -> str:
+        """Tell files too short to hold a split out of from empty ones."""
+        return self._holdout.explain_empty(split, "FILE") or super().explain_empty(split)
+
+    def notes(self) -> dict[str, int]:
+        """Return how many rows and lines were left out, by split and by file; complete once all are read."""
+        bad = {f"malformed lines left out of {split}": count for split, count in self._bad_lines.items() if count}
+        return super().notes() | bad
+
+    def _read(self, split: str, progress: Progress) -> Iterator[Row]:
+        if split in self._files and split != "train":
+            return self._rows(split, progress)
+        return select(self._holdout, split, self._rows("train", progress))
+
+    def _rows(self, split: str, progress: Progress) -> Iterator[Row]:
+        file = self._files[split]
+        self._bad_lines[split] = 0
+        records = self._json(split) if ".jsonl" in file.suffixes else self._fields(split)
+        task = progress.add_task(f"reading {split}", total=None)
+        names = None
+        for count, (number, record) in enumerate(records):
+            place = f"{file}, line {number}"
+            if names is None or ".jsonl" in file.suffixes:
+                where = place if ".jsonl" in file.suffixes else str(file)
+                names = self._columns.resolve(record, f"data.{split}: {where}")
+            second = None if names.second is None else _text(record, names.second, place)
+            yield Row(_text(record, names.first, place), second, _text(record, names.label, place), place)
+            if count % _REPORT_EVERY == 0:
+                progress.update(task, completed=count)
+        progress.remove_task(task)
+
+    def _fields(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the number of each line of a table and its fields by column."""
+        file = self._files[split]
+        header = self._header
+        for number, line in enumerate(lines(file), start=1):
+            text = line.removeprefix("\ufeff") if number == 1 else line
+            fields = text.rstrip("\r\n").split("\t")
+            if header is None:
+                header = fields
+            elif len(fields) != len(header):
+                self._reject(
+                    split,
+                    f"{file}, line {number} has {len(fields)} fields, and there are {len(header)} columns "
+                    f"({', '.join(header)}): every line needs one field for each, with tabs between them",
+                )
+            else:
+                yield number, dict(zip(header, fields, strict=True))
+
+    def _json(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        file = self._files[split]
+        for number, line in enumerate(lines(file), start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                self._reject(split, f"{file}, line {number}: not JSON ({error.msg}); give one JSON object per line")
+                continue
+            if isinstance(record, dict):
+                yield number, record
+            else:
+                kind = type(record).__name__
+                self._reject(split, f"{file}, line {number}: a {kind}; give one JSON object per line")
+
+    def _reject(self, split: str, message: str) -> None:
+        if not self._drops_bad_lines:
+            raise ConfigError(f"{message}, or leave such lines out with data.bad_lines=drop")
+        self._bad_lines[split] += 1
+
+
+class HubLabels(LabelledCorpus):
+    """A data set of the Hub, or a local folder of JSON, Parquet or CSV files, with columns of sentences and labels.
+
+    Args:
+        name: Name on the Hub, or path of a folder.
+        config: Configuration of the data set, such as `sst2`.
+        train: Name of its training split.
+        val: Name of its validation split; None holds it out of `train`.
+        test: Name of its test split; None holds it out of `train`.
+        columns: Which of them to read.
+        holdout: Share of the training rows that is held out for each missing split.
+
+    Raises:
+        ConfigError: `datasets` is not installed, or the data set, a split or a column does not exist.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: str | None,
+        train: str,
+        val: str | None,
+        test: str | None,
+        columns: ColumnChoice,
+        holdout: float = 0.05,
+    ) -> None:
+        super().__init__()
+        self._hub = HubDataset(name, config, train, val, test)
+        self._columns = columns
+        self._classes: list[str] | None = None
+        self._holdout = HoldOut(self._hub.missing, holdout)
+        self.held_out = self._holdout.missing
+
+    def identity(self) -> dict[str, Any]:
+        """Return the options and the hash that `datasets` gives this revision of the data."""
+        return {
+            "corpus": "hub_labels",
+            "corpus_format": 2,
+            **self._hub.identity(),
+            "columns": self._columns.identity(),
+            "holdout": self._holdout.fraction if self._holdout.missing else None,
+        }
+
+    def classes(self) -> list[str] | None:
+        """Return the names of the classes in the order of their numbers on the Hub, where labels are such numbers."""
+        return self._classes
+
+    def explain_empty(self, split: str) -> str:
+        """Tell data too small to hold a split out of from an empty split."""
+        return self._holdout.explain_empty(split, "SPLIT") or super().explain_empty(split)
+
+    def _read(self, split: str, progress: Progress) -> Iterator[Row]:
+        if split in self._hub.splits and split != "train":
+            return self._rows(split, progress)
+        return select(self._holdout, split, self._rows("train", progress))
+
+    def _rows(self, split: str, progress: Progress) -> Iterator[Row]:
+        name, table = self._hub.describe(split), self._hub.table(split)
+        columns = self._columns.resolve(table.column_names, name)
+        classes = self._classes = getattr(table.features[columns.label], "names", None)
+        table = table.select_columns([column for column in columns if column is not None])
+        for number, record in enumerate(track(progress, table, len(table), f"reading {split}"), start=1):
+            place = f"{name}, row {number}"
+            label = _text(record, columns.label, place)
+            if classes is not None:
+                if not 0 <= int(label) < len(classes):  # the Hub marks the rows of an unlabelled test with -1
+                    raise ConfigError(
+                        f"{place} has the label {label}, which is none of its classes: choose a labelled split"
+                    )
+                label = classes[int(label)]
+            second = None if columns.second is None else _text(record, columns.second, place)
+            yield Row(_text(record, columns.first, place), second, label, place)
+
+
+def _text(record: Mapping[str, Any], column: str, place: str) -> str:
+    """Return a field as text; JSON may write a label as a number."""
+    value = record[column]
+    if not isinstance(value, str | int | float):
+        raise ConfigError(f"{place}: {column} is {value!r}, neither text nor a number")
+    return str(value)
+
+
+def _find(split: str, given: str) -> Path:
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"data.{split}={given} is no file (seen from {Path.cwd()})")
+    if not path.name.endswith(_SUFFIXES):
+        raise ConfigError(f"data.{split}={given} is of another kind: expected a name ending in {', '.join(_SUFFIXES)}")
+    return path

@@ -1,0 +1,232 @@
+"""Parallel corpora: sentence pairs in two languages, from the user's files or from public data sets."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.progress import Progress
+
+from evomoe.data.corpus import SPLITS, HoldOut, track
+from evomoe.data.hub import HubDataset
+from evomoe.data.text.files import digest, lines
+from evomoe.errors import ConfigError
+
+_REPORT_EVERY = 1000  # lines between two movements of a bar
+
+
+class Pair(NamedTuple):
+    """A sentence and its translation, without line ends."""
+
+    source: str
+    target: str
+
+
+class PairCorpus(ABC):
+    """Sentence pairs in three splits, `train`, `val` and `test`.
+
+    Args:
+        source: Language that is translated from.
+        target: Language that is translated to.
+    """
+
+    held_out: tuple[str, ...] = ()
+    """Splits that are taken out of the training pairs, as none is given for them."""
+
+    def __init__(self, source: str, target: str) -> None:
+        if source == target:
+            raise ConfigError(f"data.source={source} and data.target={target} are one language: give two")
+        self.source = source
+        self.target = target
+        self._skipped = dict.fromkeys(SPLITS, 0)
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Return plain values that determine the pairs: two corpora of equal identity hold the same splits."""
+
+    @abstractmethod
+    def _read(self, split: str, progress: Progress) -> Iterator[Pair]:
+        """Read a split from its start, blank sentences included."""
+
+    def pairs(self, split: str, progress: Progress) -> Iterator[Pair]:
+        """Read a split from its start, without the pairs of which a side is blank.
+
+        Args:
+            split: One of `SPLITS`.
+            progress: Where the reading is shown.
+        """
+        self._skipped[split] = 0
+        for pair in self._read(split, progress):
+            if pair.source.strip() and pair.target.strip():
+                yield pair
+            else:
+                self._skipped[split] += 1
+
+    def explain_empty(self, split: str) -> str:
+        """Say why a split holds no pair, and what to do about it."""
+        return f"data.{split} holds no pair of sentences; give files with text"
+
+    def notes(self) -> dict[str, int]:
+        """Return how many pairs were skipped because a side is blank, by split; complete once every split is read."""
+        return {f"blank pairs left out of {split}": count for split, count in self._skipped.items() if count}
+
+
+class ParallelFiles(PairCorpus):
+    """Pairs of text files, line by line: `data.train=multi30k/train` reads `multi30k/train.de` and `.en`, or `.gz`.
+
+    Args:
+        source: Ending of the files of the source language.
+        target: Ending of the files of the target language.
+        train: Path of the training files without their endings.
+        val: The same for validation; None holds validation pairs out of `train`.
+        test: The same for the test; None holds test pairs out of `train`.
+        holdout: Share of the training pairs that is held out for each missing split.
+
+    Raises:
+        ConfigError: A file does not exist.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        target: str,
+        train: str,
+        val: str | None = None,
+        test: str | None = None,
+        holdout: float = 0.05,
+    ) -> None:
+        super().__init__(source, target)
+        given = {"train": train, "val": val, "test": test}
+        self._files = {
+            split: (_find(split, stem, source, "source"), _find(split, stem, target, "target"))
+            for split, stem in given.items()
+            if stem is not None
+        }
+        self._holdout = HoldOut([split for split in SPLITS if split not in self._files], holdout)
+        self.held_out = self._holdout.missing
+
+    def identity(self) -> dict[str, Any]:
+        """Return the digests of the files' contents: moving or renaming a file changes nothing."""
+        return {
+            "corpus": "parallel_files",
+            "corpus_format": 1,
+            "source": self.source,
+            "target": self.target,
+            "holdout": self._holdout.fraction if self._holdout.missing else None,
+            "files": self._digests,
+        }
+
+    @cached_property
+    def _digests(self) -> dict[str, list[str]]:
+        return {split: [digest(file) for file in files] for split, files in self._files.items()}
+
+    def explain_empty(self, split: str) -> str:
+        """Tell files too short to hold a split out of from empty ones."""
+        return self._holdout.explain_empty(split, "PATH") or super().explain_empty(split)
+
+    def _read(self, split: str, progress: Progress) -> Iterator[Pair]:
+        if split in self._files and split != "train":
+            return self._lines(split, progress)
+        return _select(self._holdout, split, self._lines("train", progress))
+
+    def _lines(self, split: str, progress: Progress) -> Iterator[Pair]:
+        files = self._files[split]
+        task = progress.add_task(f"reading {split}", total=None)
+        for number, (source, target) in enumerate(zip_longest(*(lines(file) for file in files))):
+            if source is None or target is None:
+                counts = [sum(1 for _ in lines(file)) for file in files]
+                raise ConfigError(
+                    f"data.{split}: {files[0]} has {counts[0]} lines and {files[1]} has {counts[1]}; line n of one "
+                    "must be the translation of line n of the other"
+                )
+            if number % _REPORT_EVERY == 0:
+                progress.update(task, completed=number)
+            yield Pair(source.rstrip("\r\n"), target.rstrip("\r\n"))
+        progress.remove_task(task)
+
+
+class HubPairs(PairCorpus):
+    """A data set of the Hub, or a local folder of JSON, Parquet or CSV files, with a column for each language.
+
+    A column `translation` that holds all languages of a row, as those of WMT and OPUS do, is looked into.
+
+    Args:
+        source: Column, or key of `translation`, of the source language.
+        target: The same of the target language.
+        name: Name on the Hub, or path of a folder.
+        config: Configuration of the data set, such as `de-en`.
+        train: Name of its training split.
+        val: Name of its validation split; None holds validation pairs out of `train`.
+        test: Name of its test split; None holds test pairs out of `train`.
+        holdout: Share of the training pairs that is held out for each missing split.
+
+    Raises:
+        ConfigError: `datasets` is not installed, or the data set, a split or a language does not exist.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        target: str,
+        name: str,
+        config: str | None = None,
+        train: str = "train",
+        val: str | None = "validation",
+        test: str | None = "test",
+        holdout: float = 0.05,
+    ) -> None:
+        super().__init__(source, target)
+        self._hub = HubDataset(name, config, train, val, test)
+        self._holdout = HoldOut(self._hub.missing, holdout)
+        self.held_out = self._holdout.missing
+
+    def identity(self) -> dict[str, Any]:
+        """Return the options and the hash that `datasets` gives this revision of the data."""
+        return {
+            "corpus": "hub_pairs",
+            "corpus_format": 1,
+            "source": self.source,
+            "target": self.target,
+            **self._hub.identity(),
+            "holdout": self._holdout.fraction if self._holdout.missing else None,
+        }
+
+    def explain_empty(self, split: str) -> str:
+        """Tell data too small to hold a split out of from an empty split."""
+        return self._holdout.explain_empty(split, "SPLIT") or super().explain_empty(split)
+
+    def _read(self, split: str, progress: Progress) -> Iterator[Pair]:
+        if split in self._hub.splits and split != "train":
+            return self._rows(split, progress)
+        return _select(self._holdout, split, self._rows("train", progress))
+
+    def _rows(self, split: str, progress: Progress) -> Iterator[Pair]:
+        table = self._hub.table(split)
+        for row in track(progress, table, len(table), f"reading {split}"):
+            texts = row.get("translation", row)
+            for key, language in (("source", self.source), ("target", self.target)):
+                if not isinstance(texts.get(language), str):
+                    known = ", ".join(texts)
+                    raise ConfigError(f"data.{key}={language} is no language of {self._hub.name}; choose among {known}")
+            # A line feed inside a sentence would be read as its end when translations are written line by line.
+            yield Pair(" ".join(texts[self.source].split("\n")), " ".join(texts[self.target].split("\n")))
+
+
+def _select(holdout: HoldOut, split: str, pairs: Iterator[Pair]) -> Iterator[Pair]:
+    """Keep the pairs of one split; those of equal source share a split."""
+    return (pair for pair in pairs if holdout.split_of(pair.source) == split) if holdout.missing else pairs
+
+
+def _find(split: str, stem: str, language: str, key: str) -> Path:
+    candidates = [Path(f"{stem}.{language}{suffix}").expanduser() for suffix in ("", ".gz")]
+    for path in candidates:
+        if path.is_file():
+            return path
+    names = " nor ".join(map(str, candidates))
+    raise ConfigError(
+        f"data.{split}={stem} and data.{key}={language}: there is neither {names} (seen from {Path.cwd()})"
+    )

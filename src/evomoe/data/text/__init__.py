@@ -1,0 +1,1 @@
+"""Running text: corpora, the store of its token ids, windows, and the datamodules over them."""

@@ -1,0 +1,157 @@
+"""Corpora from the user's own files: plain text and JSON lines, either of them compressed."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+from rich.progress import Progress
+
+from evomoe.data.corpus import SPLITS, HoldOut, track
+from evomoe.data.text.corpus import Corpus, Piece, blocks, select
+from evomoe.errors import ConfigError
+
+_SUFFIXES = (".txt", ".txt.gz", ".gz", ".jsonl", ".jsonl.gz")
+
+
+class TextFileCorpus(Corpus):
+    """Text files (`.txt`, `.gz`: one file is one document) and JSON lines (`.jsonl`, `.jsonl.gz`: one row is one).
+
+    Args:
+        train: A path, a glob pattern, or a list of them.
+        val: The same; None holds validation text out of `train`.
+        test: The same; None holds test text out of `train`.
+        text_field: Name of the text in a JSON row.
+        holdout: Share of the training rows, or of blocks of about 4,096 characters of running text, that is held out
+            for each missing split.
+
+    Raises:
+        ConfigError: A pattern matches no file, or a file is of another kind.
+    """
+
+    def __init__(
+        self,
+        train: str | Sequence[str],
+        val: str | Sequence[str] | None = None,
+        test: str | Sequence[str] | None = None,
+        text_field: str = "text",
+        holdout: float = 0.05,
+    ) -> None:
+        given = {"train": train, "val": val, "test": test}
+        self._files = {split: _find(split, paths) for split, paths in given.items() if paths is not None}
+        self._text_field = text_field
+        self._holdout = HoldOut([split for split in SPLITS if split not in self._files], holdout)
+        self.held_out = self._holdout.missing
+
+    def identity(self) -> dict[str, Any]:
+        """Return the digests of the files' contents: moving or renaming a file changes nothing."""
+        return {"corpus": "text_files", "corpus_format": 1, **self._options, "files": self._digests}
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {
+            "text_field": self._text_field,
+            "holdout": self._holdout.fraction if self._holdout.missing else None,
+        }
+
+    @cached_property
+    def _digests(self) -> dict[str, list[str]]:
+        return {split: [digest(file) for file in files] for split, files in self._files.items()}
+
+    def pieces(self, split: str, progress: Progress) -> Iterator[Piece]:
+        """Read the files of a split in the order given, those of one pattern sorted by path."""
+        if split in self._files and split != "train":
+            return self._read(split, progress)
+        return select(self._holdout, split, self._read("train", progress))
+
+    def explain_empty(self, split: str) -> str:
+        """Tell a text too short to hold a split out of from one that is empty."""
+        return self._holdout.explain_empty(split, "FILE") or super().explain_empty(split)
+
+    def _read(self, split: str, progress: Progress) -> Iterator[Piece]:
+        files = self._files[split]
+        for file in track(progress, files, len(files), f"reading {split}"):
+            if _is_json(file):
+                yield from _rows(file, self._text_field)
+            else:
+                yield from blocks(lines(file))
+
+
+def _find(split: str, paths: str | Sequence[str]) -> list[Path]:
+    files: list[Path] = []
+    for pattern in [paths] if isinstance(paths, str) else paths:
+        # A name may itself hold the characters of a pattern.
+        literal = Path(pattern).expanduser()
+        found = [literal] if literal.is_file() else [Path(name) for name in sorted(glob.glob(str(literal)))]
+        if not found:
+            raise ConfigError(f"data.{split}={pattern} is no file and matches none (seen from {Path.cwd()})")
+        for file in found:
+            if not file.is_file() or not file.name.endswith(_SUFFIXES):
+                raise ConfigError(f"data.{split}: {file} is not a file ending in {', '.join(_SUFFIXES)}")
+        files += found
+    if not files:
+        raise ConfigError(f"data.{split} is an empty list; give at least one path, as in data.{split}=my/text.txt")
+    return files
+
+
+def _is_json(file: Path) -> bool:
+    return file.name.endswith((".jsonl", ".jsonl.gz"))
+
+
+def _open(file: Path) -> IO[bytes]:
+    return gzip.open(file) if file.suffix == ".gz" else file.open("rb")  # type: ignore[return-value]
+
+
+def digest(file: Path) -> str:
+    """Return hexadecimal digits that name the content of a file and how it is read."""
+    content = hashlib.blake2b(_is_json(file).to_bytes(1, "big"), digest_size=16)
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            content.update(chunk)
+    return content.hexdigest()
+
+
+def lines(file: Path) -> Iterator[str]:
+    """Yield the lines of a text file, compressed or not, each with its line end.
+
+    Raises:
+        ConfigError: A line is not UTF-8, or the compressed file is damaged.
+    """
+    number = 0
+    try:
+        with _open(file) as stream:
+            for line in stream:
+                number += 1
+                yield line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{file}, line {number}: not UTF-8 ({error.reason}); convert it, for example with iconv -t utf-8"
+        ) from error
+    except (EOFError, OSError, zlib.error) as error:
+        raise ConfigError(f"{file}, after line {number}: cannot be read ({error})") from error
+
+
+def _rows(file: Path, text_field: str) -> Iterator[Piece]:
+    for number, line in enumerate(lines(file), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"{file}, line {number}: not JSON ({error.msg}); give one JSON object per line"
+            ) from error
+        if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
+            fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            raise ConfigError(
+                f"{file}, line {number}: no text in field {text_field!r} (found: {fields}); set data.text_field"
+            )
+        if row[text_field].strip():
+            yield Piece(row[text_field], ends_document=True)

@@ -1,0 +1,91 @@
+"""Text of public data sets by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.progress import Progress
+
+from evomoe.data.corpus import HoldOut, track
+from evomoe.data.hub import HubDataset
+from evomoe.data.text.corpus import Corpus, Piece, blocks, select
+from evomoe.errors import ConfigError
+
+
+class HubCorpus(Corpus):
+    """A data set of the Hub, or a local folder of JSON, Parquet or CSV files, with a text column.
+
+    Args:
+        name: Name on the Hub, or path of a folder.
+        config: Configuration of the data set, such as `wikitext-2-raw-v1`.
+        train: Name of its training split.
+        val: Name of its validation split; None holds validation text out of `train`.
+        test: Name of its test split; None holds test text out of `train`.
+        text_field: Column of the text.
+        rows: `documents` if each row is a document of its own, `lines` if the rows are the lines of running text.
+        holdout: Share of the training rows, or of blocks of about 4,096 characters of running text, that is held out
+            for each missing split.
+
+    Raises:
+        ConfigError: `rows` is unknown, `datasets` is not installed, or the data set, its configuration, a split or the
+            column does not exist.
+    """
+
+    remedy = "choose a split with text"
+
+    def __init__(
+        self,
+        name: str,
+        config: str | None = None,
+        train: str = "train",
+        val: str | None = "validation",
+        test: str | None = "test",
+        text_field: str = "text",
+        rows: str = "documents",
+        holdout: float = 0.05,
+    ) -> None:
+        if rows not in ("documents", "lines"):
+            raise ConfigError(f"data.rows={rows} is unknown; use data.rows=documents or data.rows=lines")
+        self._hub = HubDataset(name, config, train, val, test)
+        self._text_field = text_field
+        self._rows = rows
+        self._holdout = HoldOut(self._hub.missing, holdout)
+        self.held_out = self._holdout.missing
+
+    def identity(self) -> dict[str, Any]:
+        """Return the options and the hash that `datasets` gives this revision of the data."""
+        return {
+            "corpus": "hub",
+            "corpus_format": 1,
+            **self._hub.identity(),
+            "text_field": self._text_field,
+            "rows": self._rows,
+            "holdout": self._holdout.fraction if self._holdout.missing else None,
+        }
+
+    def pieces(self, split: str, progress: Progress) -> Iterator[Piece]:
+        """Read the rows of a split; the first call downloads the data set."""
+        if split in self._hub.splits and split != "train":
+            return self._read(split, progress)
+        return select(self._holdout, split, self._read("train", progress))
+
+    def explain_empty(self, split: str) -> str:
+        """Tell a text too short to hold a split out of from one that is empty."""
+        return self._holdout.explain_empty(split, "SPLIT") or super().explain_empty(split)
+
+    def _read(self, split: str, progress: Progress) -> Iterator[Piece]:
+        texts = self._texts(split, progress)
+        if self._rows == "lines":
+            return blocks(text if text.endswith("\n") else text + "\n" for text in texts)
+        return (Piece(text, ends_document=True) for text in texts if text.strip())
+
+    def _texts(self, split: str, progress: Progress) -> Iterator[str]:
+        table = self._hub.table(split)
+        if self._text_field not in table.column_names:
+            raise ConfigError(
+                f"data.text_field={self._text_field} is no column of {self._hub.name}; choose one of "
+                f"{table.column_names}"
+            )
+        rows = table.select_columns([self._text_field])
+        return (row[self._text_field] for row in track(progress, rows, len(rows), f"reading {split}"))

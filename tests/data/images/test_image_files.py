@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import io
+import re
+
+import numpy as np
+import pytest
+from data.tiny_images import draw, write_folder
+
+from evomoe.data.images.files import Decoder, HubImages, ImageFolder
+from evomoe.errors import ConfigError
+
+pytest.importorskip("PIL")
+from PIL import Image
+
+NAMES = ["cat", "dog", "emu"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_folder(tmp_path, {"train": draw(12), "test": draw(6, seed=1)}, NAMES)
+    return tmp_path
+
+
+def test_a_class_is_a_folder(folder):
+    images = ImageFolder(folder, holdout=0.25).load()
+    assert images.classes == NAMES
+    assert [len(split) for split in images.splits.values()] == [9, 3, 6]
+    for split in images.splits.values():
+        assert np.array_equal(split.images[:, 0, 0, 0], split.labels)
+    expected = {image.tobytes() for image in draw(6, seed=1).images}
+    assert {image.tobytes() for image in images.splits["test"].images} == expected
+
+
+def test_a_folder_of_validation_images_is_used(folder):
+    write_folder(folder, {"val": draw(3, seed=2)}, NAMES)
+    assert [len(split) for split in ImageFolder(folder).load().splits.values()] == [12, 3, 6]
+
+
+def test_grey_and_other_modes_become_the_wanted_channels(folder):
+    Image.new("LA", (8, 8), (7, 128)).save(folder / "train" / "cat" / "extra.png")
+    assert ImageFolder(folder, holdout=0.25).load().shape == (3, 8, 8)
+    assert ImageFolder(folder, channels=1, holdout=0.25).load().shape == (1, 8, 8)
+
+
+def test_a_file_that_is_no_image_is_named(folder):
+    path = folder / "train" / "dog" / "broken.jpg"
+    path.write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match=re.escape(f"{path} is no image that can be read: replace or delete it")):
+        ImageFolder(folder).load()
+    whole = (folder / "train" / "dog" / "001.png").read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match=re.escape(f"{path} is no image that can be read (")):
+        ImageFolder(folder).load()
+    path.rename(path.with_name("notes.txt"))
+    assert len(ImageFolder(folder, holdout=0.25).load().splits["test"]) == 6
+
+
+def test_what_is_missing_is_named(folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"there is no folder .*nowhere/train: expected data.path="):
+        ImageFolder(tmp_path / "nowhere").load()
+    write_folder(folder, {"test": draw(4, classes=4, seed=1)}, [*NAMES, "fox"])
+    with pytest.raises(ConfigError, match="the class 'fox' of the test split has no training image"):
+        ImageFolder(folder).load()
+    (folder / "val").mkdir()
+    with pytest.raises(ConfigError, match=r"val holds no image: expected a folder of images for each class"):
+        ImageFolder(folder).load()
+
+
+def test_images_of_several_sizes_need_one(folder):
+    path = folder / "train" / "cat" / "wide.png"
+    Image.new("RGB", (20, 10)).save(path)
+    with pytest.raises(ConfigError, match=r"wide.png has 10 x 20 pixels and .*000.png 8 x 8: set data.image_size"):
+        ImageFolder(folder).load()
+    assert ImageFolder(folder, image_size=6, holdout=0.25).load().shape == (3, 6, 6)
+
+
+def test_resizing_keeps_the_middle():
+    """Of three equal squares side by side only the middle one is left."""
+    squares = Image.fromarray(np.repeat(np.array([[10, 100, 200]], np.uint8), 4, axis=0).repeat(4, axis=1))
+    content = io.BytesIO()
+    squares.save(content, "png")
+    for size in (4, 8, 2):
+        pixels = Decoder(size, 1).decode(content.getvalue(), "squares")
+        assert pixels.shape == (1, size, size)
+        inner = pixels[0, :, size // 4 : -(size // 4)] if size >= 4 else pixels[0]
+        assert abs(inner.astype(int) - 100).max() <= 16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"image_size": 0}, "data.image_size=0 must be at least 1"), ({"channels": 2}, "data.channels=2: expected 3")],
+)
+def test_options_out_of_range_are_refused(options, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        ImageFolder(tmp_path, **options)
+
+
+def write_hub(folder, named: bool):
+    """Parquet files with a column of images, as most image sets of the Hub are stored."""
+    datasets = pytest.importorskip("datasets")
+    for seed, (split, count) in enumerate({"train": 12, "test": 6}.items()):
+        drawn = draw(count, seed=seed)
+        label = datasets.ClassLabel(names=NAMES) if named else datasets.Value("string")
+        labels = drawn.labels.tolist() if named else [NAMES[label] for label in drawn.labels]
+        pictures = [Image.fromarray(image.transpose(1, 2, 0)) for image in drawn.images]
+        features = datasets.Features({"picture": datasets.Image(), "kind": label})
+        table = datasets.Dataset.from_dict({"picture": pictures, "kind": labels}, features=features)
+        table.to_parquet(folder / f"{split}.parquet")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_data_set_of_the_hub(tmp_path, named, monkeypatch):
+    write_hub(tmp_path, named)
+    options = {"image_field": "picture", "label_field": "kind", "holdout": 0.25}
+    images = HubImages(str(tmp_path), **options).load()
+    assert images.classes == NAMES
+    assert [len(split) for split in images.splits.values()] == [9, 3, 6]
+    assert np.array_equal(images.splits["test"].images, draw(6, seed=1).images)
+    assert images.splits["test"].labels.tolist() == [0, 1, 2] * 2
+
+
+def test_a_column_or_split_that_does_not_exist_is_named(tmp_path):
+    write_hub(tmp_path, named=True)
+    with pytest.raises(ConfigError, match="data.image_field=image is no column of .*; choose one of picture, kind"):
+        HubImages(str(tmp_path)).load()
+    with pytest.raises(ConfigError, match=r"data.val=validation of .*[Uu]nknown split") as caught:
+        HubImages(str(tmp_path), val="validation", image_field="picture", label_field="kind").load()
+    assert "\n" not in str(caught.value)

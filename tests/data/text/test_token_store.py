@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.progress import Progress
+
+from evomoe.data.text.corpus import Corpus, Piece
+from evomoe.data.text.store import TokenStore, _encode, _Sample
+from evomoe.data.tokenizer import Tokenizer
+from evomoe.errors import ConfigError
+
+TEXTS = {
+    "train": [Piece("one two\n", False), Piece("three", True), Piece("vier fünf ", True)],
+    "val": [Piece("six", True)],
+    "test": [Piece("seven eight\n", True)],
+}
+
+
+class FixedCorpus(Corpus):
+    def __init__(self, texts: dict[str, list[Piece]] = TEXTS) -> None:
+        self.texts = texts
+        self.reads = 0
+
+    def identity(self) -> dict[str, Any]:
+        return {"corpus": "fixed", "texts": self.texts}
+
+    def pieces(self, split: str, progress: Progress) -> Iterator[Piece]:
+        self.reads += 1
+        yield from self.texts[split]
+
+    def notes(self) -> dict[str, int]:
+        return {"skipped": 2}
+
+
+def test_holds_the_documents_between_end_of_text_tokens(tmp_path: Path) -> None:
+    store = TokenStore(TokenStore.build(FixedCorpus(), 300, tmp_path))
+    tokenizer, end = store.tokenizer, store.tokenizer.end_of_text_id
+    expected = [
+        end,
+        *tokenizer.encode("one two\n"),
+        *tokenizer.encode("three"),
+        end,
+        *tokenizer.encode("vier fünf "),
+        end,
+    ]
+    assert store.tokens("train")[:].tolist() == expected
+    assert tokenizer.decode(store.tokens("test")[:].tolist()) == "<|endoftext|>seven eight\n<|endoftext|>"
+    size = store.sizes["train"]
+    assert (size.tokens, size.documents, size.words, size.bytes) == (len(expected), 2, 5, 24)
+    assert store.notes == {"skipped": 2}
+
+
+def test_the_tokenizer_sees_the_training_split_only(tmp_path: Path) -> None:
+    texts = {**TEXTS, "val": [Piece("zyzzyva " * 50, True)]}
+    store = TokenStore(TokenStore.build(FixedCorpus(texts), 400, tmp_path))
+    assert len(store.tokenizer.encode("zyzzyva")) == len("zyzzyva")
+
+
+def test_is_built_once(tmp_path: Path) -> None:
+    corpus = FixedCorpus()
+    directory = TokenStore.build(corpus, 300, tmp_path)
+    reads = corpus.reads
+    assert TokenStore.build(corpus, 300, tmp_path) == directory
+    assert corpus.reads == reads
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "meta.json",
+        "test.bin",
+        "tokenizer.json",
+        "train.bin",
+        "val.bin",
+    ]
+    assert TokenStore.build(corpus, 299, tmp_path) != directory
+    assert TokenStore(directory).fingerprint == directory.name
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_build_that_fails_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    class Failing(FixedCorpus):
+        def pieces(self, split: str, progress: Progress) -> Iterator[Piece]:
+            if self.reads == 5:
+                assert list(tmp_path.iterdir())  # half written by now
+                raise error
+            return super().pieces(split, progress)
+
+    with pytest.raises(error):
+        TokenStore.build(Failing(), 300, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_build_leaves_no_half_cache(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from data.text.test_token_store import FixedCorpus\n"
+        "from evomoe.data.text import store as token_store\n"
+        "complete = token_store._encode\n"
+        "def dying(pieces, tokenizer, path, dtype):\n"
+        "    if path.name == 'test.bin':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return complete(pieces, tokenizer, path, dtype)\n"
+        "token_store._encode = dying\n"
+        "token_store.TokenStore.build(FixedCorpus(), 300, Path(sys.argv[1]))\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    killed = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    left = list(tmp_path.iterdir())
+    assert [path.name[0] for path in left] == ["."]
+    assert (left[0] / "val.bin").exists()
+
+    store = TokenStore(TokenStore.build(FixedCorpus(), 300, tmp_path))
+    assert store.sizes["test"].words == 2
+
+
+def test_of_builds_at_once_one_wins_and_all_can_use_it(tmp_path: Path) -> None:
+    together = threading.Barrier(4, timeout=60)
+
+    class Waiting(FixedCorpus):
+        def pieces(self, split: str, progress: Progress) -> Iterator[Piece]:
+            if self.reads == 5:
+                together.wait()  # everybody has begun to write
+            return super().pieces(split, progress)
+
+    found: list[Path] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(TokenStore.build(Waiting(), 300, tmp_path))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert list(tmp_path.iterdir()) == [found[0]]
+    assert TokenStore(found[0]).sizes["val"].words == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "val.bin").write_bytes(b"\0\0"), r"val.bin has 2 bytes, not \d+"),
+        (lambda folder: (folder / "train.bin").unlink(), "No such file"),
+        (lambda folder: (folder / "meta.json").write_text("{"), "Expecting property name"),
+    ],
+)
+def test_a_damaged_cache_is_refused(tmp_path: Path, damage: Any, message: str) -> None:
+    directory = TokenStore.build(FixedCorpus(), 300, tmp_path)
+    damage(directory)
+    with pytest.raises(ConfigError, match=rf"{directory.name} is damaged \(.*{message}.*\); delete the folder"):
+        TokenStore(directory)
+
+
+def test_refuses_a_split_without_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.val holds no text; give files with text$"):
+        TokenStore.build(FixedCorpus({**TEXTS, "val": [Piece(" \n", True)]}), 300, tmp_path)
+
+
+def test_refuses_a_vocabulary_below_the_bytes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.vocab_size=256 is too small: byte-level BPE needs at least 257"):
+        TokenStore.build(FixedCorpus(), 256, tmp_path)
+
+
+def test_refuses_a_cache_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"paths.cache_dir=.*file cannot be written \(Not a directory\)"):
+        TokenStore.build(FixedCorpus(), 300, tmp_path / "file")
+
+
+def test_ids_are_as_narrow_as_the_vocabulary_allows(tmp_path: Path) -> None:
+    assert json.loads((TokenStore.build(FixedCorpus(), 300, tmp_path) / "meta.json").read_text())["dtype"] == "<u2"
+    words = " ".join(
+        f"{a}{b}{c}{d}" for a in range(30, 60) for b in range(30, 60) for c in range(10) for d in range(10)
+    )
+    texts = {**TEXTS, "train": [Piece(words, True)] * 2}
+    store = TokenStore(TokenStore.build(FixedCorpus(texts), 100_000, tmp_path))
+    assert store.tokenizer.vocab_size > 2**16
+    ids = store.tokens("train")
+    assert ids[:].dtype == np.uint32
+    assert ids[:].max() > 2**16
+    assert store.tokenizer.decode(ids[1 : len(ids) // 2].tolist()) == words
+
+
+def test_a_token_file_travels_as_its_path(tmp_path: Path) -> None:
+    tokens = TokenStore(TokenStore.build(FixedCorpus(), 300, tmp_path)).tokens("train")
+    before = tokens[:].tolist()
+    sent = pickle.dumps(tokens)
+    assert len(sent) < 500
+    assert pickle.loads(sent)[:].tolist() == before
+
+
+def test_pieces_are_encoded_alike_in_one_batch_or_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer.train(["some words"], 300)
+    pieces = [Piece(f"text {i} ", i % 3 == 0) for i in range(50)]
+    whole = _encode(pieces, tokenizer, tmp_path / "whole", "<u2")
+    monkeypatch.setattr("evomoe.data.text.store._BATCH_CHARACTERS", 10)
+    assert _encode(pieces, tokenizer, tmp_path / "parts", "<u2") == whole
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "parts").read_bytes()
+    assert (whole.documents, whole.words) == (17, 100)
+
+
+def test_the_sample_is_even_and_within_the_limit() -> None:
+    sample = _Sample(limit=100)
+    for number in range(1000):
+        sample.add(f"{number:03d}")
+    # 333 texts of 3 characters would be 100 in all; the next power of two below is every 32nd.
+    assert sample.texts == [f"{number:03d}" for number in range(0, 1000, 32)]
+    small = _Sample(limit=100)
+    for number in range(33):
+        small.add(f"{number:03d}")
+    assert len(small.texts) == 33
+
+
+def test_a_given_tokenizer_encodes_and_names_the_folder(tmp_path: Path) -> None:
+    corpus, given = FixedCorpus(), Tokenizer.train(["quite other text"], 262)
+    own, adopted = TokenStore.build(corpus, 300, tmp_path), TokenStore.build(corpus, 300, tmp_path, given)
+    assert own != adopted
+    assert TokenStore.build(corpus, 999, tmp_path, given) == adopted
+    store = TokenStore(adopted)
+    assert store.tokenizer.to_json() == given.to_json()
+    assert store.tokens("val")[1:-1].tolist() == given.encode("six")
+    assert store.sizes["val"].words == 1

@@ -39,6 +39,17 @@ class TokenFile:
         return {**self.__dict__, "_ids": None}
 
 
+def check_length(path: Path, length: int, dtype: str) -> None:
+    """Refuse a file of token ids that holds more or fewer than it should.
+
+    Raises:
+        ValueError: It does.
+    """
+    expected = length * np.dtype(dtype).itemsize
+    if (found := path.stat().st_size) != expected:
+        raise ValueError(f"{path.name} has {found} bytes, not {expected}")
+
+
 def id_dtype(tokenizer: Tokenizer) -> str:
     """Return the narrowest little-endian integer type that holds every token id."""
     return "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"

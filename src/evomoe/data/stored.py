@@ -10,16 +10,14 @@ from typing import Any, ClassVar, Generic, TypeVar
 from lightning.pytorch import LightningDataModule
 
 from evomoe.data.corpus import fingerprint, flatten
-from evomoe.data.labelled.store import LabelledStore
-from evomoe.data.pairs.store import PairStore
-from evomoe.data.text.store import TokenStore
+from evomoe.data.store import Store
 from evomoe.data.tokenizer import Tokenizer
 from evomoe.errors import ConfigError
 
-Store = TypeVar("Store", TokenStore, PairStore, LabelledStore)
+SomeStore = TypeVar("SomeStore", bound=Store)
 
 
-class StoredDataModule(LightningDataModule, Generic[Store]):
+class StoredDataModule(LightningDataModule, Generic[SomeStore]):
     """Data that are encoded once and read from a cache.
 
     `prepare_data()` and `setup()` need no Trainer and may be called again at no cost.
@@ -57,7 +55,7 @@ class StoredDataModule(LightningDataModule, Generic[Store]):
         self._requested_vocab_size = vocab_size
         self._cache_dir = Path(cache_dir).expanduser()
         self._adopted: Tokenizer | None = None
-        self._store: Store | None = None
+        self._store: SomeStore | None = None
 
     @property
     def _store_options(self) -> dict[str, Any]:
@@ -92,7 +90,7 @@ class StoredDataModule(LightningDataModule, Generic[Store]):
         )
 
     @property
-    def store(self) -> Store:
+    def store(self) -> SomeStore:
         """The encoded splits."""
         if self._store is None:
             raise RuntimeError("call prepare_data() and setup() first")

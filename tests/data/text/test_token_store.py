@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from rich.progress import Progress
 
+from evomoe.data.corpus import fingerprint
 from evomoe.data.text.corpus import Corpus, Piece
 from evomoe.data.text.store import TokenStore, _encode, _Sample
 from evomoe.data.tokenizer import Tokenizer
@@ -80,7 +81,7 @@ def test_is_built_once(tmp_path: Path) -> None:
         "val.bin",
     ]
     assert TokenStore.build(corpus, 299, tmp_path) != directory
-    assert TokenStore(directory).fingerprint == directory.name
+    assert fingerprint(TokenStore(directory).identity) == directory.name
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

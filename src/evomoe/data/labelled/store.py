@@ -1,34 +1,30 @@
 """Labelled sentences encoded once into arrays of token ids.
 
-<cache_dir>/<fingerprint>/
-    meta.json         identity, classes, and notes of the reading
-    tokenizer.json
-    train.ids.npy  val.ids.npy  test.ids.npy             the ids of first, second, first, ... without any marker
-    train.ends.npy  val.ends.npy  test.ends.npy          where each of them ends, (N, 2) int64
-    train.labels.npy  val.labels.npy  test.labels.npy    (N,) int64, or float32 where labels are numbers
+meta.json                                            also the classes, and whether rows are pairs
+train.ids.npy  val.ids.npy  test.ids.npy             the ids of first, second, first, ... without any marker
+train.ends.npy  val.ends.npy  test.ends.npy          where each of them ends, (N, 2) int64
+train.labels.npy  val.labels.npy  test.labels.npy    (N,) int64, or float32 where labels are numbers
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from rich.progress import Progress
 
-from evomoe.data.cache import build_folder
 from evomoe.data.corpus import SPLITS
-from evomoe.data.encoding import encoding_of, id_dtype
+from evomoe.data.encoding import id_dtype
 from evomoe.data.labelled.corpus import LabelledCorpus, Row
+from evomoe.data.store import Store
 from evomoe.data.tokenizer import Tokenizer
 from evomoe.errors import ConfigError
 
-_FORMAT = 1
 _ROWS_AT_ONCE = 10_000  # that are encoded at once
 _MOST_CLASSES = 1000
 
@@ -61,75 +57,51 @@ class EncodedRows:
         return np.diff(self.ends.reshape(-1), prepend=0).reshape(-1, 2)
 
 
-class LabelledStore:
-    """The encoded splits of a labelled corpus, with their tokenizer.
+class LabelledStore(Store):
+    """The encoded splits of a labelled corpus, see :class:`~evomoe.data.store.Store`.
 
-    Args:
-        directory: A folder that `LabelledStore.build` made.
-
-    Raises:
-        ConfigError: A file is missing or damaged.
+    Its option is `regression`, whether labels are numbers.
     """
 
-    def __init__(self, directory: Path) -> None:
-        try:
-            meta = json.loads((directory / "meta.json").read_text())
-            self.tokenizer = Tokenizer.from_json((directory / "tokenizer.json").read_text())
-            self.identity: dict[str, Any] = meta["identity"]
-            self.classes: list[str] | None = meta["classes"]
-            self.pairs: bool = meta["pairs"]
-            self.notes: dict[str, int] = meta["notes"]
-            self.rows = {
-                split: EncodedRows(*(np.load(directory / f"{split}.{part}.npy") for part in ("ids", "ends", "labels")))
-                for split in SPLITS
-            }
-            for split, rows in self.rows.items():
-                if rows.ends.shape != (len(rows), 2) or rows.ends[-1, 1] != len(rows.ids):
-                    raise ValueError(f"{split}.*.npy do not belong together")
-        except (OSError, ValueError, EOFError) as error:
-            raise ConfigError(
-                f"the data cache {directory} is damaged ({error}); delete the folder to rebuild"
-            ) from error
+    format: ClassVar[dict[str, int]] = {"labelled_store_format": 1}
 
-    @staticmethod
-    def identity_of(
-        corpus: LabelledCorpus, vocab_size: int, tokenizer: Tokenizer | None = None, *, regression: bool = False
-    ) -> dict[str, Any]:
-        """Return the plain values from which the content of a store follows; their fingerprint names its folder."""
-        encoding = encoding_of(vocab_size, tokenizer)
-        return {"labelled_store_format": _FORMAT, "regression": regression, **encoding, **corpus.identity()}
+    def _open(self, meta: dict[str, Any]) -> None:
+        self.classes: list[str] | None = meta["classes"]
+        self.pairs: bool = meta["pairs"]
+        self.rows = {
+            split: EncodedRows(
+                *(np.load(self._directory / f"{split}.{part}.npy") for part in ("ids", "ends", "labels"))
+            )
+            for split in SPLITS
+        }
+        for split, rows in self.rows.items():
+            if rows.ends.shape != (len(rows), 2) or rows.ends[-1, 1] != len(rows.ids):
+                raise ValueError(f"{split}.*.npy do not belong together")
 
-    @staticmethod
-    def build(
+    @classmethod
+    def _fill(
+        cls,
+        draft: Path,
+        progress: Progress,
         corpus: LabelledCorpus,
         vocab_size: int,
-        cache_dir: Path,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: Tokenizer | None,
         *,
         regression: bool = False,
-    ) -> Path:
-        """Encode the rows, with a tokenizer trained on them unless one is given, unless the cache holds them already.
-
-        Args:
-            corpus: The rows.
-            vocab_size: Largest number of tokens of a tokenizer that is trained on them.
-            cache_dir: Folder of all caches.
-            tokenizer: One that is given; None trains one.
-            regression: Whether labels are numbers.
-
-        Returns:
-            The folder of the store.
-
-        Raises:
-            ConfigError: A label cannot be, a split holds no row, the vocabulary is too small, or `cache_dir` cannot be
-                written.
-        """
-        identity = LabelledStore.identity_of(corpus, vocab_size, tokenizer, regression=regression)
-
-        def write(draft: Path, progress: Progress) -> None:
-            _write(draft, progress, corpus, tokenizer or _train(corpus, vocab_size, progress), identity)
-
-        return build_folder(cache_dir, identity, write)
+    ) -> tuple[Tokenizer, dict[str, Any]]:
+        if tokenizer is None:
+            rows = corpus.rows("train", progress)
+            tokenizer = Tokenizer.train((text for row in rows for text in (row.first, row.second) if text), vocab_size)
+        classes = None if regression else _classes(corpus, progress)
+        pairs = {}
+        for split in SPLITS:
+            encoded = _encode(corpus.rows(split, progress), tokenizer, classes)
+            if len(encoded) == 0:
+                raise ConfigError(corpus.explain_empty(split))
+            for part in ("ids", "ends", "labels"):
+                np.save(draft / f"{split}.{part}.npy", getattr(encoded, part))
+            pairs[split] = bool((encoded.lengths()[:, 1] > 0).any())
+        return tokenizer, {"classes": classes, "pairs": pairs["train"]}
 
 
 def order_classes(labels: set[str], given: list[str] | None = None) -> list[str]:
@@ -145,29 +117,6 @@ def order_classes(labels: set[str], given: list[str] | None = None) -> list[str]
         return sorted(labels, key=float)
     except ValueError:
         return sorted(labels)
-
-
-def _train(corpus: LabelledCorpus, vocab_size: int, progress: Progress) -> Tokenizer:
-    rows = corpus.rows("train", progress)
-    return Tokenizer.train((text for row in rows for text in (row.first, row.second) if text), vocab_size)
-
-
-def _write(
-    draft: Path, progress: Progress, corpus: LabelledCorpus, tokenizer: Tokenizer, identity: dict[str, Any]
-) -> None:
-    classes = None if identity["regression"] else _classes(corpus, progress)
-    (draft / "tokenizer.json").write_text(tokenizer.to_json())
-    kinds = {}
-    for split in SPLITS:
-        rows = corpus.rows(split, progress)
-        encoded = _encode(rows, tokenizer, classes)
-        if len(encoded) == 0:
-            raise ConfigError(corpus.explain_empty(split))
-        for part in ("ids", "ends", "labels"):
-            np.save(draft / f"{split}.{part}.npy", getattr(encoded, part))
-        kinds[split] = bool((encoded.lengths()[:, 1] > 0).any())
-    meta = {"identity": identity, "classes": classes, "pairs": kinds["train"], "notes": corpus.notes()}
-    (draft / "meta.json").write_text(json.dumps(meta, indent=2))
 
 
 def _classes(corpus: LabelledCorpus, progress: Progress) -> list[str]:

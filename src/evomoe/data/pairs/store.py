@@ -1,33 +1,29 @@
 """Sentence pairs encoded once into memory-mapped files of token ids, by one tokenizer for both languages.
 
-<cache_dir>/<fingerprint>/
-    meta.json         identity, width of an id, and the counts of each split
-    tokenizer.json
-    train.bin  val.bin  test.bin                the ids of source, target, source, ... without any marker
-    train.ends.npy  val.ends.npy  test.ends.npy where each of them ends, (N, 2) int64
+meta.json                                   also the width of an id, and the counts of each split
+train.bin  val.bin  test.bin                the ids of source, target, source, ... without any marker
+train.ends.npy  val.ends.npy  test.ends.npy where each of them ends, (N, 2) int64
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from rich.progress import Progress
 
-from evomoe.data.cache import build_folder
 from evomoe.data.corpus import SPLITS
-from evomoe.data.encoding import TokenFile, encoding_of, id_dtype
+from evomoe.data.encoding import TokenFile, check_length, id_dtype
 from evomoe.data.pairs.corpus import Pair, PairCorpus
+from evomoe.data.store import Store
 from evomoe.data.tokenizer import Tokenizer
 from evomoe.errors import ConfigError
 
-_FORMAT = 1
 _SAMPLED_PAIRS = 1_000_000  # of the training split that the tokenizer learns from
 _PAIRS_AT_ONCE = 10_000  # that are encoded at once
 
@@ -39,6 +35,11 @@ class PairCount:
     pairs: int
     source_tokens: int
     target_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Token ids of both sides."""
+        return self.source_tokens + self.target_tokens
 
 
 class PairFile:
@@ -78,88 +79,44 @@ class PairFile:
         return {"_tokens": self._tokens, "_ends_path": self._ends_path}
 
 
-class PairStore:
-    """The encoded splits of a parallel corpus, with their tokenizer.
+class PairStore(Store):
+    """The encoded splits of a parallel corpus, see :class:`~evomoe.data.store.Store`."""
 
-    Args:
-        directory: A folder that `PairStore.build` made.
+    format: ClassVar[dict[str, int]] = {"pair_store_format": 1}
 
-    Raises:
-        ConfigError: A file is missing or of the wrong length.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        try:
-            meta = json.loads((directory / "meta.json").read_text())
-            self.tokenizer = Tokenizer.from_json((directory / "tokenizer.json").read_text())
-            self.identity: dict[str, Any] = meta["identity"]
-            self.notes: dict[str, int] = meta["notes"]
-            self.counts = {split: PairCount(**count) for split, count in meta["splits"].items()}
-            for split, count in self.counts.items():
-                expected = (count.source_tokens + count.target_tokens) * np.dtype(meta["dtype"]).itemsize
-                if (found := (directory / f"{split}.bin").stat().st_size) != expected:
-                    raise ValueError(f"{split}.bin has {found} bytes, not {expected}")
-                if (rows := len(np.load(directory / f"{split}.ends.npy", mmap_mode="r"))) != count.pairs:
-                    raise ValueError(f"{split}.ends.npy has {rows} rows, not {count.pairs}")
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"the data cache {directory} is damaged ({error}); delete the folder to rebuild"
-            ) from error
-        self._directory = directory
+    def _open(self, meta: dict[str, Any]) -> None:
+        self.counts = {split: PairCount(**count) for split, count in meta["splits"].items()}
         self._dtype: str = meta["dtype"]
+        for split, count in self.counts.items():
+            check_length(self._directory / f"{split}.bin", count.tokens, self._dtype)
+            if (rows := len(np.load(self._directory / f"{split}.ends.npy", mmap_mode="r"))) != count.pairs:
+                raise ValueError(f"{split}.ends.npy has {rows} rows, not {count.pairs}")
 
     def pairs(self, split: str) -> PairFile:
         """Return the encoded pairs of a split."""
-        count = self.counts[split]
-        length = count.source_tokens + count.target_tokens
-        tokens = TokenFile(self._directory / f"{split}.bin", self._dtype, length)
+        tokens = TokenFile(self._directory / f"{split}.bin", self._dtype, self.counts[split].tokens)
         return PairFile(tokens, self._directory / f"{split}.ends.npy")
 
-    @staticmethod
-    def identity_of(corpus: PairCorpus, vocab_size: int, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
-        """Return the plain values from which the content of a store follows; their fingerprint names its folder."""
-        return {"pair_store_format": _FORMAT, **encoding_of(vocab_size, tokenizer), **corpus.identity()}
-
-    @staticmethod
-    def build(corpus: PairCorpus, vocab_size: int, cache_dir: Path, tokenizer: Tokenizer | None = None) -> Path:
-        """Encode the pairs, with a tokenizer trained on them unless one is given, unless the cache holds them already.
-
-        Args:
-            corpus: The pairs.
-            vocab_size: Largest number of tokens of a tokenizer that is trained on them.
-            cache_dir: Folder of all caches.
-            tokenizer: One that is given; None trains one.
-
-        Returns:
-            The folder of the store.
-
-        Raises:
-            ConfigError: The vocabulary is too small, a split holds no pair, or `cache_dir` cannot be written.
-        """
-        identity = PairStore.identity_of(corpus, vocab_size, tokenizer)
-
-        def write(draft: Path, progress: Progress) -> None:
-            _write(draft, progress, corpus, tokenizer or _train(corpus, vocab_size, progress), identity)
-
-        return build_folder(cache_dir, identity, write)
-
-
-def _train(corpus: PairCorpus, vocab_size: int, progress: Progress) -> Tokenizer:
-    sample = islice(corpus.pairs("train", progress), _SAMPLED_PAIRS)
-    return Tokenizer.train((text for pair in sample for text in pair), vocab_size)
-
-
-def _write(draft: Path, progress: Progress, corpus: PairCorpus, tokenizer: Tokenizer, identity: dict[str, Any]) -> None:
-    (draft / "tokenizer.json").write_text(tokenizer.to_json())
-    dtype = id_dtype(tokenizer)
-    counts = {}
-    for split in SPLITS:
-        count = _encode(corpus.pairs(split, progress), tokenizer, draft, split, dtype)
-        if count.pairs == 0:
-            raise ConfigError(corpus.explain_empty(split))
-        counts[split] = asdict(count)
-    meta = {"identity": identity, "dtype": dtype, "splits": counts, "notes": corpus.notes()}
-    (draft / "meta.json").write_text(json.dumps(meta, indent=2))
+    @classmethod
+    def _fill(
+        cls,
+        draft: Path,
+        progress: Progress,
+        corpus: PairCorpus,
+        vocab_size: int,
+        tokenizer: Tokenizer | None,
+    ) -> tuple[Tokenizer, dict[str, Any]]:
+        if tokenizer is None:
+            sample = islice(corpus.pairs("train", progress), _SAMPLED_PAIRS)
+            tokenizer = Tokenizer.train((text for pair in sample for text in pair), vocab_size)
+        dtype = id_dtype(tokenizer)
+        counts = {}
+        for split in SPLITS:
+            count = _encode(corpus.pairs(split, progress), tokenizer, draft, split, dtype)
+            if count.pairs == 0:
+                raise ConfigError(corpus.explain_empty(split))
+            counts[split] = asdict(count)
+        return tokenizer, {"dtype": dtype, "splits": counts}
 
 
 def _encode(pairs: Iterator[Pair], tokenizer: Tokenizer, draft: Path, split: str, dtype: str) -> PairCount:

@@ -1,9 +1,7 @@
 """Splits encoded once into memory-mapped files of token ids.
 
-    <cache_dir>/<fingerprint>/
-        meta.json         identity, width of an id, and the counts of each split
-        tokenizer.json
-        train.bin  val.bin  test.bin
+    meta.json                     also the width of an id, and the counts of each split
+    train.bin  val.bin  test.bin
 
 A split is the end-of-text token followed by its documents, each closed by the end-of-text token, so that the first
 token of the first document has something to be predicted from.
@@ -11,23 +9,21 @@ token of the first document has something to be predicted from.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from rich.progress import Progress, TaskID
 
-from evomoe.data.cache import build_folder
-from evomoe.data.corpus import SPLITS, fingerprint
-from evomoe.data.encoding import TokenFile, encoding_of, id_dtype
+from evomoe.data.corpus import SPLITS
+from evomoe.data.encoding import TokenFile, check_length, id_dtype
+from evomoe.data.store import Store
 from evomoe.data.text.corpus import Corpus, Piece
 from evomoe.data.tokenizer import Tokenizer
 from evomoe.errors import ConfigError
 
-_FORMAT = 1
 _SAMPLE_CHARACTERS = 50_000_000  # of training text that the tokenizer learns from
 _BATCH_CHARACTERS = 1_000_000  # of text that is encoded at once
 
@@ -42,108 +38,55 @@ class SplitSize:
     bytes: int
 
 
-class TokenStore:
-    """The encoded splits of a corpus, with their tokenizer.
+class TokenStore(Store):
+    """The encoded splits of a text corpus, see :class:`~evomoe.data.store.Store`."""
 
-    Args:
-        directory: A folder that `TokenStore.build` made.
+    format: ClassVar[dict[str, int]] = {"store_format": 1}
 
-    Raises:
-        ConfigError: A file is missing or of the wrong length.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        try:
-            meta = json.loads((directory / "meta.json").read_text())
-            self.tokenizer = Tokenizer.from_json((directory / "tokenizer.json").read_text())
-            self.identity: dict[str, Any] = meta["identity"]
-            self.notes: dict[str, int] = meta["notes"]
-            self.sizes = {split: SplitSize(**size) for split, size in meta["splits"].items()}
-            for split, size in self.sizes.items():
-                expected = size.tokens * np.dtype(meta["dtype"]).itemsize
-                if (found := (directory / f"{split}.bin").stat().st_size) != expected:
-                    raise ValueError(f"{split}.bin has {found} bytes, not {expected}")
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"the data cache {directory} is damaged ({error}); delete the folder to rebuild"
-            ) from error
-        self.fingerprint = fingerprint(self.identity)
-        self._directory = directory
+    def _open(self, meta: dict[str, Any]) -> None:
+        self.sizes = {split: SplitSize(**size) for split, size in meta["splits"].items()}
         self._dtype: str = meta["dtype"]
+        for split, size in self.sizes.items():
+            check_length(self._directory / f"{split}.bin", size.tokens, self._dtype)
 
     def tokens(self, split: str) -> TokenFile:
         """Return the ids of a split."""
         return TokenFile(self._directory / f"{split}.bin", self._dtype, self.sizes[split].tokens)
 
-    @staticmethod
-    def identity_of(corpus: Corpus, vocab_size: int, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
-        """Return the plain values from which the content of a store follows; their fingerprint names its folder."""
-        return {"store_format": _FORMAT, **encoding_of(vocab_size, tokenizer), **corpus.identity()}
+    @classmethod
+    def _fill(
+        cls,
+        draft: Path,
+        progress: Progress,
+        corpus: Corpus,
+        vocab_size: int,
+        tokenizer: Tokenizer | None,
+    ) -> tuple[Tokenizer, dict[str, Any]]:
+        # All splits are read once before the long work, which an empty one would spoil at its end.
+        sample = _Sample(_SAMPLE_CHARACTERS)
+        characters = dict.fromkeys(SPLITS, 0)
+        for split in SPLITS:
+            blank = True
+            for piece in corpus.pieces(split, progress):
+                blank = blank and not piece.text.strip()
+                characters[split] += len(piece.text)
+                if split == "train" and tokenizer is None:
+                    sample.add(piece.text)
+            if blank:
+                raise ConfigError(corpus.explain_empty(split))
 
-    @staticmethod
-    def build(corpus: Corpus, vocab_size: int, cache_dir: Path, tokenizer: Tokenizer | None = None) -> Path:
-        """Encode the corpus, with a tokenizer trained on it unless one is given, unless the cache holds it already.
+        if tokenizer is None:
+            task = progress.add_task("training the tokenizer", total=None)
+            tokenizer = Tokenizer.train(sample.texts, vocab_size)
+            progress.remove_task(task)
 
-        Args:
-            corpus: The text.
-            vocab_size: Largest number of tokens of a tokenizer that is trained on it.
-            cache_dir: Folder of all caches.
-            tokenizer: One that is given; None trains one.
-
-        Returns:
-            The folder of the store.
-
-        Raises:
-            ConfigError: The vocabulary is too small, a split holds no text, or `cache_dir` cannot be written.
-        """
-        identity = TokenStore.identity_of(corpus, vocab_size, tokenizer)
-
-        def write(draft: Path, progress: Progress) -> None:
-            _write(draft, progress, corpus, vocab_size, tokenizer, identity)
-
-        return build_folder(cache_dir, identity, write)
-
-
-def _write(
-    draft: Path,
-    progress: Progress,
-    corpus: Corpus,
-    vocab_size: int,
-    tokenizer: Tokenizer | None,
-    identity: dict[str, Any],
-) -> None:
-    sample = _Sample(_SAMPLE_CHARACTERS)
-    characters = dict.fromkeys(SPLITS, 0)
-    for split in SPLITS:
-        blank = True
-        for piece in corpus.pieces(split, progress):
-            blank = blank and not piece.text.strip()
-            characters[split] += len(piece.text)
-            if split == "train" and tokenizer is None:
-                sample.add(piece.text)
-        if blank:
-            raise ConfigError(corpus.explain_empty(split))
-
-    if tokenizer is None:
-        task = progress.add_task("training the tokenizer", total=None)
-        tokenizer = Tokenizer.train(sample.texts, vocab_size)
-        progress.remove_task(task)
-    (draft / "tokenizer.json").write_text(tokenizer.to_json())
-
-    dtype = id_dtype(tokenizer)
-    sizes = {}
-    task = progress.add_task("encoding", total=sum(characters.values()))
-    for split in SPLITS:
-        pieces = _advance(corpus.pieces(split, progress), progress, task)
-        sizes[split] = _encode(pieces, tokenizer, draft / f"{split}.bin", dtype)
-
-    meta = {
-        "identity": identity,
-        "dtype": dtype,
-        "splits": {split: asdict(size) for split, size in sizes.items()},
-        "notes": corpus.notes(),
-    }
-    (draft / "meta.json").write_text(json.dumps(meta, indent=2))
+        dtype = id_dtype(tokenizer)
+        sizes = {}
+        task = progress.add_task("encoding", total=sum(characters.values()))
+        for split in SPLITS:
+            pieces = _advance(corpus.pieces(split, progress), progress, task)
+            sizes[split] = asdict(_encode(pieces, tokenizer, draft / f"{split}.bin", dtype))
+        return tokenizer, {"dtype": dtype, "splits": sizes}
 
 
 class _Sample:

@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -81,7 +81,7 @@ class RoutingReport(L.Callback):
     each expert: those that go to it most often, of the words seen at least ten times.
 
     A layer in which one expert lives routes nothing and is not reported; neither is a soft routing. When the fit ends,
-    a line warns of each layer that has fallen to one of its experts.
+    a line tells of each layer that has fallen to one of its experts.
 
     Args:
         followed_tokens: real tokens whose experts are compared between validations, the first ones of the split, shared
@@ -157,11 +157,11 @@ class RoutingReport(L.Callback):
         self._reports = {}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write how near each validation was to the last one, which only now is known; warn of a collapse."""
+        """Write how near each validation was to the last one, which only now is known; tell of a collapse."""
         model: Any = pl_module.model
         for name, load in self._loads.items():
             if is_collapsed(load):
-                rank_zero_warn(_describe_collapse(name, load, model.moe_layers[name].router))
+                rank_zero_info(_describe_collapse(name, load, model.moe_layers[name].router))
         if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
             for layer, stability in self.stability.items():
                 for step, value in stability.saturation().items():

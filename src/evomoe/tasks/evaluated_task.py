@@ -44,11 +44,6 @@ class EvaluatedTask(MoETask):
         """What an evaluation found, by the name under which it is logged, without the split."""
         return dict(self.means.compute())
 
-    def perplexities(self) -> dict[str, Tensor]:
-        """Of the mean losses under both rules, in the units of ``means``."""
-        losses = self.means.compute()
-        return {f"perplexity{suffix}": losses[f"loss{suffix}"].exp() for suffix in ("", "_sparse")}
-
     def under_both_rules(
         self, measure: Callable[[bool], tuple[Values, Sequence[Routing]]]
     ) -> tuple[Values, Values, Sequence[Routing]]:

@@ -19,7 +19,7 @@ from evomoe.routing import Routing, Words
 from evomoe.tasks.evaluated_task import EvaluatedTask
 from evomoe.tasks.moe_task import Coefficient
 from evomoe.tasks.optimization import Optimization
-from evomoe.tasks.rule_means import RuleMeans
+from evomoe.tasks.rule_means import RuleMeans, perplexities
 
 NO_TARGET = -100
 
@@ -73,10 +73,11 @@ class LanguageModeling(EvaluatedTask):
 
     def evaluation_results(self, split: str) -> dict[str, Tensor | float]:
         """The mean loss over all tokens, and perplexities."""
-        loss, units = self.means.compute()["loss"], self.trainer.datamodule.units(split)  # type: ignore[attr-defined]
+        means, units = self.means.compute(), self.trainer.datamodule.units(split)  # type: ignore[attr-defined]
+        loss = means["loss"]
         return {
-            **super().evaluation_results(split),
-            **self.perplexities(),
+            **means,
+            **perplexities(means),
             # Independent of the tokenizer: the same total surprise, shared among words or bytes.
             "perplexity_word": (loss * units["tokens"] / units["words"]).exp(),
             "bits_per_byte": loss * units["tokens"] / units["bytes"] / math.log(2),

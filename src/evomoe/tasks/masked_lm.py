@@ -22,7 +22,7 @@ from evomoe.tasks.evaluated_task import EvaluatedTask
 from evomoe.tasks.masking import mask_tokens
 from evomoe.tasks.moe_task import Coefficient
 from evomoe.tasks.optimization import Optimization
-from evomoe.tasks.rule_means import RuleMeans
+from evomoe.tasks.rule_means import RuleMeans, perplexities
 
 
 class MaskedLanguageModeling(EvaluatedTask):
@@ -113,7 +113,8 @@ class MaskedLanguageModeling(EvaluatedTask):
 
     def evaluation_results(self, split: str) -> dict[str, Tensor | float]:
         """The means over the chosen tokens; of a test also the accuracy of a constant guess."""
-        results = super().evaluation_results(split) | self.perplexities()
+        means = self.means.compute()
+        results: dict[str, Tensor | float] = {**means, **perplexities(means)}
         if split == "test":
             results["unigram_accuracy"] = self.unigram.compute()["accuracy"]
         return results

@@ -49,3 +49,8 @@ class RuleMeans(nn.Module):
         """The means over all processes, by name."""
         count = self.count.compute()
         return {name: metric.compute() / count for name, metric in self.sums.items()}
+
+
+def perplexities(means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of the mean losses under both rules, as :meth:`RuleMeans.compute` returns them."""
+    return {f"perplexity{suffix}": means[f"loss{suffix}"].exp() for suffix in ("", "_sparse")}

@@ -22,7 +22,7 @@ from evomoe.routing.processes import alone
 from evomoe.tasks.evaluated_task import EvaluatedTask
 from evomoe.tasks.moe_task import Coefficient
 from evomoe.tasks.optimization import Optimization
-from evomoe.tasks.rule_means import RuleMeans
+from evomoe.tasks.rule_means import RuleMeans, perplexities
 from evomoe.tasks.translation_scores import TranslatedSentence, TranslationScores
 
 NO_TARGET = -100
@@ -119,7 +119,8 @@ class Translation(EvaluatedTask):
 
     def evaluation_results(self, split: str) -> dict[str, Tensor | float]:
         """The means over the target tokens, and the scores of the translations."""
-        return super().evaluation_results(split) | self.perplexities() | self.scores.compute()
+        means = self.means.compute()
+        return {**means, **perplexities(means), **self.scores.compute()}
 
     def on_test_epoch_end(self) -> None:
         """Log what was found; print how the scores are computed."""

@@ -82,6 +82,36 @@ def test_equal_flops_and_seconds_are_runs_of_another_length():
     assert sum(lives().values()) == 8
 
 
+def test_the_length_is_corrected_by_what_its_runs_spent(capsys):
+    head = "{head: {experiment: gpt_dts, overrides: ['+head=200']}}"
+    given = [f"experiments=[gpt_switch,{head}]", "budget=[steps,flops]", "seeds=[1]"]
+    by_budget = held(*given)
+    assert by_budget["flops"]["head"][1].end["step"] == 2
+    once = {"adhoc/gpt_switch/seed_1": 1, "adhoc/head/seed_1": 1}
+    assert lives() == once | {"adhoc/head/steps_3/seed_1": 1, "adhoc/head/steps_2/seed_1": 1}
+    assert "Not within" not in capsys.readouterr().out
+
+    held(*given)
+    assert sum(lives().values()) == 4
+
+
+def test_a_budget_that_no_length_meets_is_told(capsys):
+    head = "{head: {experiment: gpt_dts, overrides: ['+head=330']}}"
+    by_budget = held(f"experiments=[gpt_switch,{head}]", "budget=flops", "seeds=[1]")
+    assert by_budget["flops"]["head"][1].end["step"] == 1
+    assert "Not within 2% of gpt_switch: head (+7.5%)." in capsys.readouterr().out
+
+
+def test_a_run_of_another_length_that_fails_is_named_once(capsys):
+    bad = "{bad: {experiment: gpt_dts, overrides: ['+price=2','+fail_below=3']}}"
+    with pytest.raises(SystemExit):
+        held(f"experiments=[gpt_switch,{bad}]", "budget=[steps,flops]", "seeds=[1]")
+    said = capsys.readouterr()
+    assert said.err.count("error: bad seed 1 (trainer.max_steps=2) failed, status 1") == 1
+    equal_steps, equal_flops = Path("logs/comparisons/adhoc/table.md").read_text().split("## Equal training FLOPs")
+    assert ("| bad |" in equal_steps, "| bad |" in equal_flops) == (True, False)
+
+
 def test_a_failed_run_is_named_and_the_rest_is_reported(capsys):
     bad = "{bad: {experiment: gpt_dts, overrides: ['+fail=true']}}"
     with pytest.raises(SystemExit) as ended:

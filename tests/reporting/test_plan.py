@@ -37,9 +37,9 @@ def test_the_recipe_of_a_run_goes_from_the_general_to_the_particular():
     assert run.overrides == ("experiment=gpt_dts", "model=gpt_tiny", "data=code", "model.num_experts=4", "seed=3")
     assert run.folder == Path("logs/comparisons/some/few/seed_3")
     assert str(run) == "few seed 3"
-    scaled = comparison.scaled_run_of(few, 3, "flops", 812)
+    scaled = comparison.run_of_length(few, 3, 812)
     assert scaled.overrides == (*run.overrides, "trainer.max_steps=812", "trainer.max_epochs=null")
-    assert scaled.folder == Path("logs/comparisons/some/few/flops/seed_3")
+    assert scaled.folder == Path("logs/comparisons/some/few/steps_812/seed_3")
     assert str(scaled) == "few seed 3 (trainer.max_steps=812)"
 
 

@@ -15,8 +15,9 @@ from evomoe.reporting.results import (
     cost_to_reach,
     finish,
     is_finished,
+    nearest,
+    next_length,
     read_result,
-    scaled_steps,
     write_recipe,
 )
 
@@ -50,16 +51,38 @@ def test_spread_by_hand():
     assert Spread.of([None]) is None
 
 
-def result(steps: int, price: float = 1.0, seed: int = 1) -> Result:
-    rows = [row(step, seed, 1.0, price) for step in range(1, steps + 1)]
+def result(steps: int, price: float = 1.0, seed: int = 1, head: float = 0.0) -> Result:
+    rows = [row(step, seed, 1.0, price, head) for step in range(1, steps + 1)]
     return Result(Run("some", seed, Path("some"), ()), rows, {"test/loss_sparse": 1.5}, True, {})
 
 
 @pytest.mark.parametrize(
-    ("price", "tolerance", "steps"), [(1.0, 0.0, None), (1.02, 0.02, None), (1.25, 0.02, 80), (0.5, 0.02, 200)]
+    ("price", "head", "tried", "steps"),
+    [
+        (1.0, 0, [100], None),
+        (1.01, 0, [100], None),
+        (1.25, 0, [100], 80),
+        (0.5, 0, [100], 200),
+        (0.8, 6000, [100], 71),  # spends 140 in the unit of a step: in proportion at first
+        (0.8, 6000, [100, 71], 50),  # 140 and 116.8: down the line through both
+        (0.8, 6000, [100, 71, 50], None),
+        (0.5, 2000, [100], 143),  # 70
+        (0.5, 2000, [143, 100], 160),  # 91.5 and 70: up the line through both
+        (0.5, 2000, [300, 100, 200], 160),  # 170, 70 and 120: between the two around it
+        (0.01, 9000, [100, 90], 200),  # 91 and 90.9: no further than twice the longest
+        (0.01, 11000, [100, 90], 45),  # 111 and 110.9: nor than half the shortest
+        (0.0, 9000, [100, 90], None),  # no length is better
+        (103.0, 0, [1], None),  # a length that has been tried
+    ],
 )
-def test_the_length_of_equal_cost_by_hand(price, tolerance, steps):
-    assert scaled_steps(result(100, price), result(100), "training_flops", tolerance) == steps
+def test_the_length_of_equal_cost_by_hand(price, head, tried, steps):
+    finished = [result(length, price, head=head) for length in tried]
+    assert next_length(finished, result(100), "training_flops", 0.02) == steps
+
+
+def test_the_nearest_run_counts():
+    finished = [result(100), result(60), result(85)]
+    assert nearest(finished, result(80), "training_flops") is finished[2]
 
 
 def test_what_a_result_says():

@@ -12,13 +12,16 @@ from evomoe.cli import check_overrides
 from evomoe.errors import ConfigError
 from evomoe.reporting.figures import draw
 from evomoe.reporting.hparams import write_hparams
-from evomoe.reporting.plan import Comparison, Run, read_comparison
-from evomoe.reporting.results import check_recipe, is_finished, read_result, scaled_steps
+from evomoe.reporting.plan import Comparison, Method, Run, read_comparison
+from evomoe.reporting.results import check_recipe, is_finished, nearest, next_length, read_result
 from evomoe.reporting.runner import LOG_FILE, Failure, Pool, Start, start_process
 from evomoe.reporting.table import Results, unique, write_csv, write_table
 
 Runs = dict[tuple[str, int], Run]
 """By label and seed."""
+
+LENGTHS = 3
+"""Runs of other lengths that a method may have to meet a budget."""
 
 
 def compare(config: DictConfig, root: Path, start: Start | None = None) -> dict[str, Results]:
@@ -26,7 +29,7 @@ def compare(config: DictConfig, root: Path, start: Start | None = None) -> dict[
 
     All runs of equal steps come first. From their FLOPs and seconds follow the lengths of the runs for the other
     budgets: the schedules of learning rate and phases depend on a run's length, so that a run of other length is
-    another run, not a piece of this one.
+    another run, not a piece of this one. What it spent corrects its length, until it spends what the reference does.
 
     Args:
         config: ``configs/compare.yaml``.
@@ -51,9 +54,14 @@ def compare(config: DictConfig, root: Path, start: Start | None = None) -> dict[
         for method in comparison.methods
     }
     failures = _run_missing(pool, equal.values(), root / "configs")
-    runs = {budget: equal if budget == "steps" else _scale(comparison, equal, budget) for budget in comparison.budgets}
-    scaled = [run for of_budget in runs.values() for run in of_budget.values()]
-    failures += _run_missing(pool, [run for run in scaled if run not in equal.values()], root / "configs")
+    runs = _of_budgets(comparison, equal)
+    tried = set(equal.values())
+    while missing := dict.fromkeys(
+        run for of_budget in runs.values() for run in of_budget.values() if not is_finished(run) and run not in tried
+    ):
+        failures += _run_missing(pool, missing, root / "configs")
+        tried |= missing.keys()
+        runs = _of_budgets(comparison, equal)
 
     by_budget = {budget: _collect(comparison, of_budget) for budget, of_budget in runs.items()}
     by_budget = {budget: results for budget, results in by_budget.items() if comparison.reference in results}
@@ -83,19 +91,35 @@ def _run_missing(pool: Pool, runs: Iterable[Run], configs: Path) -> list[Failure
     return pool.run(runs)
 
 
-def _scale(comparison: Comparison, equal: Runs, budget: str) -> Runs:
-    """The runs of a budget: those of equal steps where they are as good, others of the length that makes them so."""
+def _of_budgets(comparison: Comparison, equal: Runs) -> dict[str, Runs]:
+    """The runs of each budget, as far as is known: one that is not finished is the next to try."""
+    methods = {method.label: method for method in comparison.methods}
+    finished = {key: run for key, run in equal.items() if is_finished(run)}  # what failed is named at the end
+    pairs = [
+        (methods[label], own, finished[comparison.reference, seed])
+        for (label, seed), own in finished.items()
+        if (comparison.reference, seed) in finished
+    ]
+    return {
+        budget: equal
+        if budget == "steps"
+        else {(own.label, own.seed): _search(comparison, method, own, base, budget) for method, own, base in pairs}
+        for budget in comparison.budgets
+    }
+
+
+def _search(comparison: Comparison, method: Method, own: Run, reference: Run, budget: str) -> Run:
+    """The run that spends what the reference spends, or the next one on the way to it."""
     cost, tolerance = comparison.cost(budget), comparison.tolerance[budget]
-    runs: Runs = {}
-    for method in comparison.methods:
-        for seed in comparison.seeds:
-            own, reference = equal[method.label, seed], equal[comparison.reference, seed]
-            if not (is_finished(own) and is_finished(reference)):
-                continue  # it failed, and is named at the end
-            steps = scaled_steps(read_result(own), read_result(reference), cost, tolerance)
-            scaled = own if steps is None else comparison.scaled_run_of(method, seed, budget, steps)
-            runs[method.label, seed] = scaled
-    return runs
+    spent = read_result(reference)
+    results = [read_result(own)]
+    while len(results) <= LENGTHS and (steps := next_length(results, spent, cost, tolerance)) is not None:
+        run = comparison.run_of_length(method, own.seed, steps)
+        if not is_finished(run):
+            return run
+        check_recipe(run)
+        results.append(read_result(run))
+    return nearest(results, spent, cost).run
 
 
 def _collect(comparison: Comparison, runs: Runs) -> Results:

@@ -106,11 +106,11 @@ class Comparison:
         recipe = merge([f"experiment={method.experiment}"], self.overrides, method.overrides, [f"seed={seed}"])
         return Run(method.label, seed, self.runs / method.label / f"seed_{seed}", tuple(recipe))
 
-    def scaled_run_of(self, method: Method, seed: int, budget: str, steps: int) -> Run:
-        """The run whose length gives it the reference's FLOPs or seconds."""
+    def run_of_length(self, method: Method, seed: int, steps: int) -> Run:
+        """A run of another length, to spend what the reference spends in its run of equal steps."""
         length = [f"{LENGTH_KEY}={steps}", "trainer.max_epochs=null"]  # epochs must not end it earlier
         recipe = merge(self.run_of(method, seed).overrides, length)
-        return Run(method.label, seed, self.runs / method.label / budget / f"seed_{seed}", tuple(recipe))
+        return Run(method.label, seed, self.runs / method.label / f"steps_{steps}" / f"seed_{seed}", tuple(recipe))
 
 
 def merge(*overrides: Iterable[str]) -> list[str]:

@@ -181,17 +181,40 @@ def cost_to_reach(rows: Sequence[Row], cost: str, target: float) -> float | None
     return None
 
 
-def scaled_steps(own: Result, reference: Result, cost: str, tolerance: float) -> int | None:
-    """Optimizer steps after which a method has spent what the reference spends in its run.
+def nearest(finished: Iterable[Result], reference: Result, cost: str) -> Result:
+    """Of the runs of a method that differ in length, the one that spent most nearly what the reference did."""
+    return min(finished, key=lambda result: abs(result.end[cost] - reference.end[cost]))
+
+
+def next_length(finished: Sequence[Result], reference: Result, cost: str, tolerance: float) -> int | None:
+    """Optimizer steps of the run to try next, so that a method spends what the reference does.
+
+    What a method spends need not be proportional to its steps: a shorter run has a shorter dense phase. So only the
+    first correction is proportional. Later ones follow the straight line through the two runs around the reference's
+    cost, or through the two next to it, to half of the shortest or twice the longest at most.
 
     Args:
-        own: run of equal steps of the method.
-        reference: that of the reference, of the same seed.
+        finished: runs of the method and of the reference's seed, of different lengths.
+        reference: the run of equal steps of the reference.
         cost: a field of the rows.
         tolerance: share by which the two may differ.
 
     Returns:
-        None where the run of equal steps is as good.
+        None where one of them is as good, or no other length is better.
     """
-    ratio = reference.end[cost] / own.end[cost]
-    return None if abs(ratio - 1) <= tolerance else max(1, round(own.end["step"] * ratio))
+    target = reference.end[cost]
+    if abs(nearest(finished, reference, cost).end[cost] / target - 1) <= tolerance:
+        return None
+    points = sorted((result.end[cost], result.end["step"]) for result in finished)
+    if len(points) == 1:
+        points.insert(0, (0.0, 0))
+    above = next((index for index in range(1, len(points)) if points[index][0] > target), len(points) - 1)
+    (low, fewer), (high, more) = points[above - 1], points[above]
+    if high == low:
+        return None
+    steps = round(fewer + (more - fewer) * (target - low) / (high - low))
+    tried = [result.end["step"] for result in finished]
+    if len(tried) > 1:
+        steps = min(max(steps, min(tried) // 2), 2 * max(tried))
+    steps = max(steps, 1)
+    return None if steps in tried else steps

@@ -38,7 +38,9 @@ def write_table(comparison: Comparison, by_budget: Mapping[str, Results], comman
         command = shlex.join(["python", Path(sys.argv[0]).name, *typed])
     parts = [f"# {comparison.name}\n"]
     for budget, results in by_budget.items():
-        parts.append(f"\n## {TITLES[budget]}\n\n{quality_table(comparison, results)}")
+        parts.append(
+            f"\n## {TITLES[budget]}\n\n{quality_table(comparison, results)}{unequal(comparison, budget, results)}"
+        )
         parts.append(
             f"\nCost to the final validation loss of {comparison.reference}, over what {comparison.reference} needed"
             f" for it:\n\n{reach_table(comparison, results)}"
@@ -84,6 +86,23 @@ def quality_table(comparison: Comparison, results: Results) -> str:
             ]
         )
     return markdown(["method", "val loss", f"less {comparison.reference}", *names, "sees the future in training"], rows)
+
+
+def unequal(comparison: Comparison, budget: str, results: Results) -> str:
+    """A line on the methods with a run that spends more or less than the reference's; empty where there is none."""
+    if budget not in comparison.tolerance:
+        return ""  # steps are equal
+    cost, tolerance = comparison.cost(budget), comparison.tolerance[budget]
+    missed = []
+    for label, of_method in results.items():
+        shares = [
+            of_method[seed].end[cost] / base.end[cost] - 1
+            for seed, base in results[comparison.reference].items()
+            if seed in of_method
+        ]
+        if any(abs(share) > tolerance for share in shares):
+            missed.append(f"{label} ({', '.join(f'{share:+.1%}' for share in shares)})")
+    return f"\nNot within {tolerance:.0%} of {comparison.reference}: {', '.join(missed)}.\n" if missed else ""
 
 
 def difference(results: Mapping[int, Result], reference: Mapping[int, Result]) -> Spread | None:

@@ -120,7 +120,8 @@ def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
         read(TWO, f"paths.output={tmp_path / 'file' / 'report'}")
 
 
-COMPARISONS = sorted(path.stem for path in (CONFIGS / "comparison").glob("*.yaml") if path.stem != "common")
+SHARED = {"common", "ablation"}
+COMPARISONS = sorted(path.stem for path in (CONFIGS / "comparison").glob("*.yaml") if path.stem not in SHARED)
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
@@ -135,3 +136,14 @@ def test_every_method_of_every_comparison_composes(name):
             instantiate(config.evolution).make_plan(config.trainer.max_steps)
         same.append((config.data, config.trainer, config.task.optimization, config.model.d_model, config.seed))
     assert all(shared == same[0] for shared in same)
+
+
+def test_comparisons_that_share_their_runs_mean_the_same_by_a_label():
+    recipes: dict[Path, tuple[str, ...]] = {}
+    names = [name for name in COMPARISONS if name.startswith("ablate_")] + ["main", "coefficients"]
+    for name in names:
+        comparison = read(f"comparison={name}")
+        for method in comparison.methods:
+            run = comparison.run_of(method, 1)
+            assert recipes.setdefault(run.folder, run.overrides) == run.overrides, f"{name}: {method.label}"
+    assert len(recipes) == 34 + 6 + 9

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomoe.data.corpus import HoldOut, fingerprint, normalise, text_key, unit_hash
+from evomoe.data.corpus import SPLITS, HoldOut, fingerprint, normalise, text_key, unit_hash
 from evomoe.data.text.corpus import BLOCK_CHARACTERS, Piece, blocks, select
 from evomoe.errors import ConfigError
 
@@ -46,15 +46,23 @@ class TestHoldOut:
         monkeypatch.setattr("evomoe.data.corpus.unit_hash", lambda text, salt: where[text])
         stream = [Piece(text, ends_document=text == "f") for text in "abcdef"]
         holdout = HoldOut(["val", "test"], 0.2)
-        assert list(select(holdout, "train", stream)) == [("a", False), ("b", True), ("d", True), ("f", True)]
-        assert list(select(holdout, "val", stream)) == [("c", True)]
-        assert list(select(holdout, "test", stream)) == [("e", True)]
+        assert list(select(holdout, "train", lambda _: iter(stream))) == [
+            ("a", False),
+            ("b", True),
+            ("d", True),
+            ("f", True),
+        ]
+        assert list(select(holdout, "val", lambda _: iter(stream))) == [("c", True)]
+        assert list(select(holdout, "test", lambda _: iter(stream))) == [("e", True)]
 
     @given(st.lists(st.tuples(st.text(max_size=8), st.booleans()), max_size=60))
     def test_every_piece_goes_to_one_split_and_equal_ones_together(self, items: list[tuple[str, bool]]) -> None:
         stream = [*(Piece(*item) for item in items), Piece("the end", ends_document=True)]
         holdout = HoldOut(["val", "test"], 0.25)
-        parts = {split: [piece.text for piece in select(holdout, split, stream)] for split in ("train", "val", "test")}
+        parts = {
+            split: [piece.text for piece in select(holdout, split, lambda _: iter(stream))]
+            for split in ("train", "val", "test")
+        }
         assert sorted(chain.from_iterable(parts.values())) == sorted(piece.text for piece in stream)
         keys = [{text_key(text) for text in part} for part in parts.values()]
         assert sum(map(len, keys)) == len(set().union(*keys))
@@ -67,14 +75,23 @@ class TestHoldOut:
         for piece in stream:
             documents[piece.text] = document
             document += piece.ends_document
-        kept = list(select(HoldOut(["val"], 0.25), "train", stream))
+        kept = list(select(HoldOut(["val"], 0.25), "train", lambda _: iter(stream)))
         for before, after in pairwise(kept):
             assert before.ends_document or documents[before.text] == documents[after.text]
 
     def test_the_fraction_is_about_that(self) -> None:
         stream = [Piece(f"row {i}", ends_document=True) for i in range(4000)]
-        held = len(list(select(HoldOut(["test"], 0.05), "test", stream)))
+        held = len(list(select(HoldOut(["test"], 0.05), "test", lambda _: iter(stream))))
         assert abs(held - 200) < 4 * (4000 * 0.05 * 0.95) ** 0.5
+
+    def test_a_split_that_is_given_is_read_whole(self) -> None:
+        holdout = HoldOut(["test"], 0.25)
+        items = {"train": [f"row {i}" for i in range(100)], "val": ["row 1", "row 2"]}
+        read = {split: list(holdout.read(split, lambda name: iter(items[name]), str)) for split in SPLITS}
+        assert read["val"] == items["val"]
+        assert sorted(read["train"] + read["test"]) == sorted(items["train"])
+        assert read["train"]
+        assert read["test"]
 
     @pytest.mark.parametrize("fraction", [0, -0.1, 0.3])
     def test_refuses_other_fractions(self, fraction: float) -> None:

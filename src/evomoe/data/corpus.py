@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, TypeVar
 
 from rich.progress import Progress
 
@@ -66,26 +67,44 @@ class HoldOut:
     Args:
         missing: The splits to take out, of `val` and `test`.
         fraction: Expected share of the training pieces that each of them gets, above 0 and at most 0.25.
+        source: What a user can give for a split instead, in capitals.
     """
 
-    def __init__(self, missing: Iterable[str], fraction: float) -> None:
+    def __init__(self, missing: Iterable[str], fraction: float, source: str = "FILE") -> None:
         self.missing = tuple(missing)
         self.fraction = fraction
+        self.source = source
         if self.missing and not 0 < fraction <= 0.25:
             raise ConfigError(f"data.holdout={fraction} must be above 0 and at most 0.25; try data.holdout=0.05")
         self._saw_text = False
 
-    def explain_empty(self, split: str, source: str) -> str | None:
-        """Why a split that whose texts :meth:`split_of` has seen is empty; None where holding out is not to blame.
+    @property
+    def identity(self) -> float | None:
+        """Return what it adds to the identity of a corpus."""
+        return self.fraction if self.missing else None
+
+    def concerns(self, split: str) -> bool:
+        """Whether a split is a part of the training text."""
+        return bool(self.missing) and split in ("train", *self.missing)
+
+    def read(self, split: str, read: Callable[[str], Iterator[Item]], text_of: Callable[[Item], str]) -> Iterator[Item]:
+        """Read a split, if need be out of the training items; items of equal text share a split.
 
         Args:
-            split: The empty split.
-            source: What a user gives for a split, in capitals.
+            split: The split.
+            read: Reads one that is not held out.
+            text_of: What decides about an item.
         """
-        if not self._saw_text or split not in ("train", *self.missing):
+        if self.concerns(split):
+            return (item for item in read("train") if self.split_of(text_of(item)) == split)
+        return read(split)
+
+    def explain_empty(self, split: str) -> str | None:
+        """Say why a split whose texts :meth:`split_of` has seen is empty; None where holding out is not to blame."""
+        if not self._saw_text or not self.concerns(split):
             return None
         name = {"val": "validation", "test": "test"}[split if split in self.missing else self.missing[0]]
-        given = " ".join(f"data.{missing}={source}" for missing in self.missing)
+        given = " ".join(f"data.{missing}={self.source}" for missing in self.missing)
         return f"the training text is too short to hold out a {name} split: give more text, or {given}"
 
     def split_of(self, text: str) -> str:
@@ -93,3 +112,32 @@ class HoldOut:
         self._saw_text = self._saw_text or bool(text.strip())
         index = int(unit_hash(normalise(text), "holdout") / self.fraction)
         return self.missing[index] if index < len(self.missing) else "train"
+
+
+class SplitCorpus(ABC):
+    """Text of any kind in three splits, `train`, `val` and `test`."""
+
+    contents: ClassVar[str]
+    """What a split holds, for messages."""
+
+    remedy: ClassVar[str]
+    """What a user whose split came out empty can do."""
+
+    _holdout = HoldOut((), 0.0)
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """Return the splits that are taken out of the training text, as none is given for them."""
+        return self._holdout.missing
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Return plain values that determine the text: two corpora of equal identity hold the same splits."""
+
+    def explain_empty(self, split: str) -> str:
+        """Say why a split is empty, and what to do about it."""
+        return self._holdout.explain_empty(split) or f"data.{split} holds no {self.contents}; {self.remedy}"
+
+    def notes(self) -> dict[str, int]:
+        """Return counts worth keeping about the reading, such as skipped files; complete once every split is read."""
+        return {}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 from rich.progress import Progress
 
-from evomoe.data.corpus import SPLITS, HoldOut
+from evomoe.data.corpus import SPLITS, SplitCorpus
 from evomoe.errors import ConfigError
 
 
@@ -26,6 +26,10 @@ class Row(NamedTuple):
     second: str | None
     label: str
     place: str
+
+    def sentences(self) -> str:
+        """Return the text by which rows count as equal."""
+        return f"{self.first}\n{self.second or ''}"
 
 
 class Columns(NamedTuple):
@@ -96,18 +100,14 @@ class ColumnChoice:
         return names
 
 
-class LabelledCorpus(ABC):
+class LabelledCorpus(SplitCorpus):
     """Labelled sentences in three splits, `train`, `val` and `test`."""
 
-    held_out: tuple[str, ...] = ()
-    """Splits that are taken out of the training rows, as none is given for them."""
+    contents = "labelled sentence"
+    remedy = "give data with some"
 
     def __init__(self) -> None:
         self._blank = dict.fromkeys(SPLITS, 0)
-
-    @abstractmethod
-    def identity(self) -> dict[str, Any]:
-        """Return plain values that determine the rows: two corpora of equal identity hold the same splits."""
 
     @abstractmethod
     def _read(self, split: str, progress: Progress) -> Iterator[Row]:
@@ -131,17 +131,6 @@ class LabelledCorpus(ABC):
         """Return the names of the classes in an order that the data give; None if they give none. Known once read."""
         return None
 
-    def explain_empty(self, split: str) -> str:
-        """Say why a split holds no row, and what to do about it."""
-        return f"data.{split} holds no labelled sentence; give data with some"
-
     def notes(self) -> dict[str, int]:
         """Return how many rows were left out because a sentence is blank, by split; complete once all are read."""
         return {f"blank rows left out of {split}": count for split, count in self._blank.items() if count}
-
-
-def select(holdout: HoldOut, split: str, rows: Iterator[Row]) -> Iterator[Row]:
-    """Keep the rows of one split; those of equal sentences share a split."""
-    if not holdout.missing:
-        return rows
-    return (row for row in rows if holdout.split_of(f"{row.first}\n{row.second or ''}") == split)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from evomoe.data.corpus import SPLITS, HoldOut, track
 from evomoe.data.hub import HubDataset
-from evomoe.data.labelled.corpus import ColumnChoice, LabelledCorpus, Row, select
+from evomoe.data.labelled.corpus import ColumnChoice, LabelledCorpus, Row
 from evomoe.data.text.files import digest, lines
 from evomoe.errors import ConfigError
 
@@ -60,7 +60,6 @@ class LabelledFiles(LabelledCorpus):
         self._drops_bad_lines = bad_lines == "drop"
         self._bad_lines: dict[str, int] = {}
         self._holdout = HoldOut([split for split in SPLITS if split not in self._files], holdout)
-        self.held_out = self._holdout.missing
 
     def identity(self) -> dict[str, Any]:
         """Return the options and the digests of the files' contents: moving or renaming a file changes nothing."""
@@ -69,7 +68,7 @@ class LabelledFiles(LabelledCorpus):
             "corpus_format": 1,
             "columns": self._columns.identity(),
             "header": self._header,
-            "holdout": self._holdout.fraction if self._holdout.missing else None,
+            "holdout": self._holdout.identity,
             "files": self._digests,
             # Only if so: what was read without the option is what it would read.
             **({"bad_lines": "drop"} if self._drops_bad_lines else {}),
@@ -79,19 +78,13 @@ class LabelledFiles(LabelledCorpus):
     def _digests(self) -> dict[str, str]:
         return {split: digest(file) for split, file in self._files.items()}
 
-    def explain_empty(self, split: str) -> str:
-        """Tell files too short to hold a split out of from empty ones."""
-        return self._holdout.explain_empty(split, "FILE") or super().explain_empty(split)
-
     def notes(self) -> dict[str, int]:
         """Return how many rows and lines were left out, by split and by file; complete once all are read."""
         bad = {f"malformed lines left out of {split}": count for split, count in self._bad_lines.items() if count}
         return super().notes() | bad
 
     def _read(self, split: str, progress: Progress) -> Iterator[Row]:
-        if split in self._files and split != "train":
-            return self._rows(split, progress)
-        return select(self._holdout, split, self._rows("train", progress))
+        return self._holdout.read(split, partial(self._rows, progress=progress), Row.sentences)
 
     def _rows(self, split: str, progress: Progress) -> Iterator[Row]:
         file = self._files[split]
@@ -180,8 +173,7 @@ class HubLabels(LabelledCorpus):
         self._hub = HubDataset(name, config, train, val, test)
         self._columns = columns
         self._classes: list[str] | None = None
-        self._holdout = HoldOut(self._hub.missing, holdout)
-        self.held_out = self._holdout.missing
+        self._holdout = HoldOut(self._hub.missing, holdout, "SPLIT")
 
     def identity(self) -> dict[str, Any]:
         """Return the options and the hash that `datasets` gives this revision of the data."""
@@ -190,21 +182,15 @@ class HubLabels(LabelledCorpus):
             "corpus_format": 2,
             **self._hub.identity(),
             "columns": self._columns.identity(),
-            "holdout": self._holdout.fraction if self._holdout.missing else None,
+            "holdout": self._holdout.identity,
         }
 
     def classes(self) -> list[str] | None:
         """Return the names of the classes in the order of their numbers on the Hub, where labels are such numbers."""
         return self._classes
 
-    def explain_empty(self, split: str) -> str:
-        """Tell data too small to hold a split out of from an empty split."""
-        return self._holdout.explain_empty(split, "SPLIT") or super().explain_empty(split)
-
     def _read(self, split: str, progress: Progress) -> Iterator[Row]:
-        if split in self._hub.splits and split != "train":
-            return self._rows(split, progress)
-        return select(self._holdout, split, self._rows("train", progress))
+        return self._holdout.read(split, partial(self._rows, progress=progress), Row.sentences)
 
     def _rows(self, split: str, progress: Progress) -> Iterator[Row]:
         name, table = self._hub.describe(split), self._hub.table(split)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import zip_longest
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.progress import Progress
 
-from evomoe.data.corpus import SPLITS, HoldOut, track
+from evomoe.data.corpus import SPLITS, HoldOut, SplitCorpus, track
 from evomoe.data.hub import HubDataset
 from evomoe.data.text.files import digest, lines
 from evomoe.errors import ConfigError
@@ -26,7 +27,7 @@ class Pair(NamedTuple):
     target: str
 
 
-class PairCorpus(ABC):
+class PairCorpus(SplitCorpus):
     """Sentence pairs in three splits, `train`, `val` and `test`.
 
     Args:
@@ -34,8 +35,8 @@ class PairCorpus(ABC):
         target: Language that is translated to.
     """
 
-    held_out: tuple[str, ...] = ()
-    """Splits that are taken out of the training pairs, as none is given for them."""
+    contents = "pair of sentences"
+    remedy = "give files with text"
 
     def __init__(self, source: str, target: str) -> None:
         if source == target:
@@ -43,10 +44,6 @@ class PairCorpus(ABC):
         self.source = source
         self.target = target
         self._skipped = dict.fromkeys(SPLITS, 0)
-
-    @abstractmethod
-    def identity(self) -> dict[str, Any]:
-        """Return plain values that determine the pairs: two corpora of equal identity hold the same splits."""
 
     @abstractmethod
     def _read(self, split: str, progress: Progress) -> Iterator[Pair]:
@@ -65,10 +62,6 @@ class PairCorpus(ABC):
                 yield pair
             else:
                 self._skipped[split] += 1
-
-    def explain_empty(self, split: str) -> str:
-        """Say why a split holds no pair, and what to do about it."""
-        return f"data.{split} holds no pair of sentences; give files with text"
 
     def notes(self) -> dict[str, int]:
         """Return how many pairs were skipped because a side is blank, by split; complete once every split is read."""
@@ -106,8 +99,7 @@ class ParallelFiles(PairCorpus):
             for split, stem in given.items()
             if stem is not None
         }
-        self._holdout = HoldOut([split for split in SPLITS if split not in self._files], holdout)
-        self.held_out = self._holdout.missing
+        self._holdout = HoldOut([split for split in SPLITS if split not in self._files], holdout, "PATH")
 
     def identity(self) -> dict[str, Any]:
         """Return the digests of the files' contents: moving or renaming a file changes nothing."""
@@ -116,7 +108,7 @@ class ParallelFiles(PairCorpus):
             "corpus_format": 1,
             "source": self.source,
             "target": self.target,
-            "holdout": self._holdout.fraction if self._holdout.missing else None,
+            "holdout": self._holdout.identity,
             "files": self._digests,
         }
 
@@ -124,14 +116,8 @@ class ParallelFiles(PairCorpus):
     def _digests(self) -> dict[str, list[str]]:
         return {split: [digest(file) for file in files] for split, files in self._files.items()}
 
-    def explain_empty(self, split: str) -> str:
-        """Tell files too short to hold a split out of from empty ones."""
-        return self._holdout.explain_empty(split, "PATH") or super().explain_empty(split)
-
     def _read(self, split: str, progress: Progress) -> Iterator[Pair]:
-        if split in self._files and split != "train":
-            return self._lines(split, progress)
-        return _select(self._holdout, split, self._lines("train", progress))
+        return self._holdout.read(split, partial(self._lines, progress=progress), attrgetter("source"))
 
     def _lines(self, split: str, progress: Progress) -> Iterator[Pair]:
         files = self._files[split]
@@ -181,8 +167,7 @@ class HubPairs(PairCorpus):
     ) -> None:
         super().__init__(source, target)
         self._hub = HubDataset(name, config, train, val, test)
-        self._holdout = HoldOut(self._hub.missing, holdout)
-        self.held_out = self._holdout.missing
+        self._holdout = HoldOut(self._hub.missing, holdout, "SPLIT")
 
     def identity(self) -> dict[str, Any]:
         """Return the options and the hash that `datasets` gives this revision of the data."""
@@ -192,17 +177,11 @@ class HubPairs(PairCorpus):
             "source": self.source,
             "target": self.target,
             **self._hub.identity(),
-            "holdout": self._holdout.fraction if self._holdout.missing else None,
+            "holdout": self._holdout.identity,
         }
 
-    def explain_empty(self, split: str) -> str:
-        """Tell data too small to hold a split out of from an empty split."""
-        return self._holdout.explain_empty(split, "SPLIT") or super().explain_empty(split)
-
     def _read(self, split: str, progress: Progress) -> Iterator[Pair]:
-        if split in self._hub.splits and split != "train":
-            return self._rows(split, progress)
-        return _select(self._holdout, split, self._rows("train", progress))
+        return self._holdout.read(split, partial(self._rows, progress=progress), attrgetter("source"))
 
     def _rows(self, split: str, progress: Progress) -> Iterator[Pair]:
         table = self._hub.table(split)
@@ -214,11 +193,6 @@ class HubPairs(PairCorpus):
                     raise ConfigError(f"data.{key}={language} is no language of {self._hub.name}; choose among {known}")
             # A line feed inside a sentence would be read as its end when translations are written line by line.
             yield Pair(" ".join(texts[self.source].split("\n")), " ".join(texts[self.target].split("\n")))
-
-
-def _select(holdout: HoldOut, split: str, pairs: Iterator[Pair]) -> Iterator[Pair]:
-    """Keep the pairs of one split; those of equal source share a split."""
-    return (pair for pair in pairs if holdout.split_of(pair.source) == split) if holdout.missing else pairs
 
 
 def _find(split: str, stem: str, language: str, key: str) -> Path:

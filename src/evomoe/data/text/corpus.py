@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 from rich.progress import Progress
 
-from evomoe.data.corpus import HoldOut
+from evomoe.data.corpus import HoldOut, SplitCorpus
 
 # Running text is cut at line ends into blocks of about this many characters: the unit that is encoded at once, and
 # the unit that is held out when a corpus has no validation file. Part of the format of the cache.
@@ -22,18 +22,11 @@ class Piece(NamedTuple):
     ends_document: bool
 
 
-class Corpus(ABC):
+class Corpus(SplitCorpus):
     """Text in three splits, `train`, `val` and `test`."""
 
-    # What a user whose split came out empty can do; ends an error message.
+    contents = "text"
     remedy = "give files with text"
-
-    held_out: tuple[str, ...] = ()
-    """Splits that are taken out of the training text, as none is given for them."""
-
-    @abstractmethod
-    def identity(self) -> dict[str, Any]:
-        """Return plain values that determine the text: two corpora of equal identity hold the same splits."""
 
     @abstractmethod
     def pieces(self, split: str, progress: Progress) -> Iterator[Piece]:
@@ -43,14 +36,6 @@ class Corpus(ABC):
             split: One of `SPLITS`.
             progress: Where the reading is shown.
         """
-
-    def explain_empty(self, split: str) -> str:
-        """Say why a split holds no text, and what to do about it."""
-        return f"data.{split} holds no text; {self.remedy}"
-
-    def notes(self) -> dict[str, int]:
-        """Return counts worth keeping about the reading, such as skipped files; complete once every split is read."""
-        return {}
 
 
 def blocks(lines: Iterable[str]) -> Iterator[Piece]:
@@ -67,13 +52,13 @@ def blocks(lines: Iterable[str]) -> Iterator[Piece]:
         yield Piece("".join(block), ends_document=True)
 
 
-def select(holdout: HoldOut, split: str, pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Keep the pieces of one split; a gap between kept pieces ends the document."""
-    if not holdout.missing:
-        yield from pieces
+def select(holdout: HoldOut, split: str, read: Callable[[str], Iterator[Piece]]) -> Iterator[Piece]:
+    """Read a split, as `HoldOut.read` does, where a gap between kept pieces ends the document."""
+    if not holdout.concerns(split):
+        yield from read(split)
         return
     waiting: str | None = None  # a kept piece whose successor is not yet known
-    for text, ends_document in pieces:
+    for text, ends_document in read("train"):
         kept = holdout.split_of(text) == split
         if waiting is not None:
             yield Piece(waiting, ends_document=not kept)

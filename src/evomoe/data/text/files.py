@@ -8,7 +8,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,7 +48,6 @@ class TextFileCorpus(Corpus):
         self._files = {split: _find(split, paths) for split, paths in given.items() if paths is not None}
         self._text_field = text_field
         self._holdout = HoldOut([split for split in SPLITS if split not in self._files], holdout)
-        self.held_out = self._holdout.missing
 
     def identity(self) -> dict[str, Any]:
         """Return the digests of the files' contents: moving or renaming a file changes nothing."""
@@ -58,7 +57,7 @@ class TextFileCorpus(Corpus):
     def _options(self) -> dict[str, Any]:
         return {
             "text_field": self._text_field,
-            "holdout": self._holdout.fraction if self._holdout.missing else None,
+            "holdout": self._holdout.identity,
         }
 
     @cached_property
@@ -67,13 +66,7 @@ class TextFileCorpus(Corpus):
 
     def pieces(self, split: str, progress: Progress) -> Iterator[Piece]:
         """Read the files of a split in the order given, those of one pattern sorted by path."""
-        if split in self._files and split != "train":
-            return self._read(split, progress)
-        return select(self._holdout, split, self._read("train", progress))
-
-    def explain_empty(self, split: str) -> str:
-        """Tell a text too short to hold a split out of from one that is empty."""
-        return self._holdout.explain_empty(split, "FILE") or super().explain_empty(split)
+        return select(self._holdout, split, partial(self._read, progress=progress))
 
     def _read(self, split: str, progress: Progress) -> Iterator[Piece]:
         files = self._files[split]

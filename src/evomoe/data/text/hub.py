@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from rich.progress import Progress
@@ -50,8 +51,7 @@ class HubCorpus(Corpus):
         self._hub = HubDataset(name, config, train, val, test)
         self._text_field = text_field
         self._rows = rows
-        self._holdout = HoldOut(self._hub.missing, holdout)
-        self.held_out = self._holdout.missing
+        self._holdout = HoldOut(self._hub.missing, holdout, "SPLIT")
 
     def identity(self) -> dict[str, Any]:
         """Return the options and the hash that `datasets` gives this revision of the data."""
@@ -61,18 +61,12 @@ class HubCorpus(Corpus):
             **self._hub.identity(),
             "text_field": self._text_field,
             "rows": self._rows,
-            "holdout": self._holdout.fraction if self._holdout.missing else None,
+            "holdout": self._holdout.identity,
         }
 
     def pieces(self, split: str, progress: Progress) -> Iterator[Piece]:
         """Read the rows of a split; the first call downloads the data set."""
-        if split in self._hub.splits and split != "train":
-            return self._read(split, progress)
-        return select(self._holdout, split, self._read("train", progress))
-
-    def explain_empty(self, split: str) -> str:
-        """Tell a text too short to hold a split out of from one that is empty."""
-        return self._holdout.explain_empty(split, "SPLIT") or super().explain_empty(split)
+        return select(self._holdout, split, partial(self._read, progress=progress))
 
     def _read(self, split: str, progress: Progress) -> Iterator[Piece]:
         texts = self._texts(split, progress)

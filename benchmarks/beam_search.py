@@ -21,7 +21,7 @@ from marian import END, twins
 from report import Check, Section, facts, median_ratio
 from transformers.utils import logging
 
-from evomoe.callbacks.summary import markdown
+from evomoe.callbacks.console.summary import markdown
 from evomoe.models.beam_search import beam_search
 
 VOCABULARY = 8000

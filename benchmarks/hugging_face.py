@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from evomoe.callbacks.summary import markdown
+from evomoe.callbacks.console.summary import markdown
 from evomoe.models.gpt import GPT
 from evomoe.tasks import LanguageModeling
 

@@ -29,7 +29,7 @@ from report import facts
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from evomoe.callbacks.summary import markdown
+from evomoe.callbacks.console.summary import markdown
 from evomoe.cli import instantiate
 from evomoe.moe import MoELayer
 from evomoe.routing import Routing, RoutingInput, ScheduleValues, SoftRouting

@@ -25,8 +25,8 @@ from report import Check, Section, facts, median_ratio
 from steps import LOG_EVERY, OPTIMIZATION, Batch, Setting, Size, bare_step, default_callbacks, fit
 
 from evomoe.callbacks import Evolution
+from evomoe.callbacks.console.summary import markdown
 from evomoe.callbacks.evolution import Decay
-from evomoe.callbacks.summary import markdown
 from evomoe.routing import Routing, ScheduleValues
 from evomoe.tasks import LanguageModeling
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evomoe.callbacks import EvolutionProgress, FewShotProbe, RandomState, RunSummary, SafeCheckpoint, print_closing
-from evomoe.callbacks.epoch_restart import EpochRestart
+from evomoe.callbacks.resuming.epoch_restart import EpochRestart
 from evomoe.checkpointing import VerifiedCheckpointIO, load_checkpoint, newest_checkpoint
 from evomoe.cli import instantiate
 from evomoe.data.stored import StoredDataModule

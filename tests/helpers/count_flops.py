@@ -9,7 +9,7 @@ import lightning as L
 from helpers.flops import flop_counter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from evomoe.callbacks.status import phase_of
+from evomoe.callbacks.console.status import phase_of
 
 
 class CountFlops(L.Callback):

@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from evomoe.callbacks.checkpoint import SafeCheckpoint
-from evomoe.callbacks.random_state import RandomState
+from evomoe.callbacks.resuming.checkpoint import SafeCheckpoint
+from evomoe.callbacks.resuming.random_state import RandomState
 from evomoe.checkpointing import VerifiedCheckpointIO, newest_checkpoint
 from evomoe.signals import leave_signals_to_trainer
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evomoe.callbacks.history import HISTORY_FILE
+from evomoe.callbacks.monitoring.history import HISTORY_FILE
 from evomoe.errors import ConfigError
 from evomoe.reporting.plan import Run
 

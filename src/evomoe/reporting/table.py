@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 
-from evomoe.callbacks.summary import markdown
+from evomoe.callbacks.console.summary import markdown
 from evomoe.reporting.plan import Comparison
 from evomoe.reporting.results import Result, Spread, cost_to_reach
 

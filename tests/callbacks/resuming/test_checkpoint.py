@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from torch.utils.data import DataLoader
 
 import evomoe
-from evomoe.callbacks.checkpoint import SafeCheckpoint
+from evomoe.callbacks.resuming.checkpoint import SafeCheckpoint
 from evomoe.checkpointing import (
     VerifiedCheckpointIO,
     checkpoint_path,
@@ -259,7 +259,7 @@ def test_handlers_are_given_back_after_a_fit_and_after_a_crash(tmp_path, monkeyp
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
-SCRIPT = [sys.executable, str(Path(__file__).parents[1] / "helpers" / "tiny_run.py")]
+SCRIPT = [sys.executable, str(Path(__file__).parents[2] / "helpers" / "tiny_run.py")]
 
 
 class Process:

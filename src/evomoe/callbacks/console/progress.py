@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from evomoe.callbacks.status import RunStatus, phase_of, read_status
+from evomoe.callbacks.console.status import RunStatus, phase_of, read_status
 
 REDRAW_SECONDS = 0.25
 PACE_WINDOW_SECONDS = 30.0

@@ -12,7 +12,7 @@ from helpers.typed_routing import routing_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from evomoe.callbacks import RoutingReport
-from evomoe.callbacks.routing_report import is_collapsed, specialized_words
+from evomoe.callbacks.monitoring.routing_report import is_collapsed, specialized_words
 from evomoe.errors import ConfigError
 from evomoe.routing import Words
 
@@ -132,7 +132,7 @@ def test_a_dense_model_has_nothing_to_report(train, tmp_path):
 def test_a_layer_that_falls_to_one_expert_is_named(train, tmp_path, monkeypatch):
     """A gate of zeros, which nothing moves, breaks every tie in favour of the first expert."""
     told: list[str] = []
-    monkeypatch.setattr("evomoe.callbacks.routing_report.rank_zero_info", told.append)
+    monkeypatch.setattr("evomoe.callbacks.monitoring.routing_report.rank_zero_info", told.append)
     still = ["router.gate.init=zeros", "task.optimization.learning_rate=1e-30"]
     train(tmp_path, *SETTING, *still, experiment="gpt_switch")
     assert told == [
@@ -158,9 +158,8 @@ def test_training_does_not_notice(train, run, tmp_path):
 
 def test_without_matplotlib_nothing_is_drawn(monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        "evomoe.callbacks.routing_report.find_spec", lambda name: None if name == "matplotlib" else find(name)
-    )
+    module = "evomoe.callbacks.monitoring.routing_report"
+    monkeypatch.setattr(f"{module}.find_spec", lambda name: None if name == "matplotlib" else find(name))
     report = RoutingReport(figures=True)
     with pytest.warns(UserWarning, match=r"figures=true needs matplotlib"):
         report.setup(None, None, "fit")

@@ -17,9 +17,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
-from evomoe.callbacks.bars import write_bars
-from evomoe.callbacks.routing_metrics import CoActivation, ExpertLoad, RouterEntropy, WordExperts, active_experts
-from evomoe.callbacks.routing_stability import ExpertSets, Stability
+from evomoe.callbacks.console.bars import write_bars
+from evomoe.callbacks.monitoring.routing_metrics import (
+    CoActivation,
+    ExpertLoad,
+    RouterEntropy,
+    WordExperts,
+    active_experts,
+)
+from evomoe.callbacks.monitoring.routing_stability import ExpertSets, Stability
 from evomoe.errors import ConfigError
 from evomoe.routing import Router, SparseRouting, Words
 
@@ -71,11 +77,11 @@ class LayerReport:
 class RoutingReport(L.Callback):
     """Logs ``val_moe/<layer>/...``: what the final rule did over a validation, counted over all processes.
 
-    The scalars are those of :mod:`~evomoe.callbacks.routing_metrics`, under the names that
+    The scalars are those of :mod:`~evomoe.callbacks.monitoring.routing_metrics`, under the names that
     :class:`~evomoe.callbacks.RoutingMonitor` uses for a training batch where both have them, and between validations of
-    a fit those of :class:`~evomoe.callbacks.routing_stability.Stability`: ``routing_fluctuation``, from the second one
-    on; ``last_fluctuation``, the mean over the tokens; and, written to TensorBoard when the fit ends, ``saturation`` of
-    every validation relative to the last. What they compare travels in the checkpoint.
+    a fit those of :class:`~evomoe.callbacks.monitoring.routing_stability.Stability`: ``routing_fluctuation``, from the
+    second one on; ``last_fluctuation``, the mean over the tokens; and, written to TensorBoard when the fit ends,
+    ``saturation`` of every validation relative to the last. What they compare travels in the checkpoint.
 
     TensorBoard also gets histograms of the load and of the experts per token, and as text the most specialised words of
     each expert: those that go to it most often, of the words seen at least ten times.
@@ -200,7 +206,7 @@ class RoutingReport(L.Callback):
                 # Indented: shown as typed, not as Markdown.
                 writer.add_text(f"val_moe/{layer}/words", "\n".join(f"    {line}" for line in lines), step)
         if self.figures:
-            from evomoe.callbacks.routing_figures import draw_load, draw_matrix
+            from evomoe.callbacks.monitoring.routing_figures import draw_load, draw_matrix
 
             loads = {layer: values["load"] for layer, values in computed.items()}
             writer.add_figure("val_moe/load", draw_load(loads), step)

@@ -10,7 +10,7 @@ from data.tiny_images import Drawn
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from evomoe.callbacks.patch_pictures import (
+from evomoe.callbacks.monitoring.patch_pictures import (
     GAP,
     PatchPictures,
     draw,

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from evomoe.callbacks.bars import write_bars
+from evomoe.callbacks.console.bars import write_bars
 from evomoe.routing.metrics import brief_metrics
 
 

@@ -10,7 +10,7 @@ from helpers.processes import on_two_processes
 from torch import Tensor
 
 from evomoe.callbacks import ExpertSimilarity
-from evomoe.callbacks.expert_similarity import OutputSimilarity, mean_of_pairs, outputs_of_all
+from evomoe.callbacks.monitoring.expert_similarity import OutputSimilarity, mean_of_pairs, outputs_of_all
 from evomoe.models.gpt import GPT
 from evomoe.moe import Experts
 from evomoe.routing import DTSGate

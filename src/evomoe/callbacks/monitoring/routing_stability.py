@@ -35,7 +35,7 @@ class ExpertSets(Metric):
         """Take what is still missing.
 
         Args:
-            active: ``(T, E)`` bool, see :func:`~evomoe.callbacks.routing_metrics.active_experts`.
+            active: ``(T, E)`` bool, see :func:`~evomoe.callbacks.monitoring.routing_metrics.active_experts`.
             token_ids: their words, ``(T,)``.
         """
         missing = self.num_tokens - sum(len(ids) for ids in self.ids)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from helpers.tiny_run import fit, weights_hash
 
-from evomoe.callbacks.random_state import RandomState, get_random_state, set_random_state
+from evomoe.callbacks.resuming.random_state import RandomState, get_random_state, set_random_state
 from evomoe.checkpointing import checkpoint_path, load_checkpoint
 
 CPU = torch.device("cpu")

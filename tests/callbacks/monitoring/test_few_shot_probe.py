@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from evomoe.callbacks.few_shot_probe import FewShotProbe, draw_shots, features_of, predict
+from evomoe.callbacks.monitoring.few_shot_probe import FewShotProbe, draw_shots, features_of, predict
 from evomoe.data import ImageDataModule
 from evomoe.errors import ConfigError
 
@@ -96,7 +96,7 @@ def test_it_is_the_mean_over_the_draws_at_the_penalty_that_validation_prefers(mo
     data, task = make_data(), Task()
     splits = data.images.splits
     penalties = (0.1, 1e3)
-    monkeypatch.setattr("evomoe.callbacks.few_shot_probe.PENALTIES", penalties)
+    monkeypatch.setattr("evomoe.callbacks.monitoring.few_shot_probe.PENALTIES", penalties)
     table = {split: np.zeros((3, 2)) for split in ("val", "test")}
     for draw in range(3):
         drawn = draw_shots(splits["train"].labels, 2, (0, 2, draw))

@@ -11,9 +11,9 @@ from helpers.phased_run import FakeEvolution, fit, loader
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 
-from evomoe.callbacks import progress as progress_module
-from evomoe.callbacks.progress import EvolutionProgress, Pace
-from evomoe.callbacks.status import shorten
+from evomoe.callbacks.console import progress as progress_module
+from evomoe.callbacks.console.progress import EvolutionProgress, Pace
+from evomoe.callbacks.console.status import shorten
 
 
 class Clock:

@@ -1,4 +1,4 @@
-"""The metrics of ``callbacks/routing_metrics.py``. Shapes: T tokens, E experts."""
+"""The metrics of ``callbacks/monitoring/routing_metrics.py``. Shapes: T tokens, E experts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evomoe.callbacks.routing_metrics import CoActivation, ExpertLoad, RouterEntropy, WordExperts, active_experts
-from evomoe.callbacks.routing_stability import ExpertSets
+from evomoe.callbacks.monitoring.routing_metrics import (
+    CoActivation,
+    ExpertLoad,
+    RouterEntropy,
+    WordExperts,
+    active_experts,
+)
+from evomoe.callbacks.monitoring.routing_stability import ExpertSets
 
 # Five tokens, of which the last is padding; three experts.
 ACTIVE = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0], [1, 1, 1]]).bool()

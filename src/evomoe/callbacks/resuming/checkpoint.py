@@ -36,7 +36,8 @@ class SafeCheckpoint(Checkpoint):
     periodic saves until its metric exists, overwrites a ``last.ckpt``, and restores paths of the saving machine.
 
     Needs the plugin :class:`~evomoe.checkpointing.VerifiedCheckpointIO` in the trainer, and
-    :class:`~evomoe.callbacks.random_state.RandomState` before all other callbacks for dropout to resume exactly.
+    :class:`~evomoe.callbacks.resuming.random_state.RandomState` before all other callbacks for dropout to resume
+    exactly.
 
     Args:
         run_dir: folder of the run; files go to ``<run_dir>/checkpoints``.

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from evomoe.callbacks.status import phase_of, shorten
+from evomoe.callbacks.console.status import phase_of, shorten
 from evomoe.checkpointing import newest_checkpoint
 from evomoe.models.flops import Work
 

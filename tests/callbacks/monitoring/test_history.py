@@ -10,8 +10,9 @@ import pytest
 import torch
 from helpers.programs import PLAIN, load
 
-from evomoe.callbacks import History, history
-from evomoe.callbacks.history import Routed
+from evomoe.callbacks import History
+from evomoe.callbacks.monitoring import history
+from evomoe.callbacks.monitoring.history import Routed
 from evomoe.checkpointing import list_checkpoints
 from evomoe.routing import SoftRouting, SparseRouting
 

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
-from evomoe.callbacks import Throughput, throughput
+from evomoe.callbacks import Throughput
+from evomoe.callbacks.monitoring import throughput
 from evomoe.models.flops import Work
 
 WORK = Work(tokens=torch.tensor(8), forward_flops=5000.0)

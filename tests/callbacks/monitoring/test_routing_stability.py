@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomoe.callbacks.routing_stability import ExpertSets, Stability, mean_overlap
+from evomoe.callbacks.monitoring.routing_stability import ExpertSets, Stability, mean_overlap
 
 IDS = torch.tensor([5, 5, 9])
 FIRST = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 0, 1]]).bool()

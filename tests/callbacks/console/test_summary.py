@@ -10,8 +10,8 @@ from helpers.phased_run import FakeEvolution, PhasedTask, fit, loader
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
-from evomoe.callbacks import summary as summary_module
-from evomoe.callbacks.summary import RunSummary, print_closing
+from evomoe.callbacks.console import summary as summary_module
+from evomoe.callbacks.console.summary import RunSummary, print_closing
 
 
 class Clock:

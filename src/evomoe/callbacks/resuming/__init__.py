@@ -1,0 +1,1 @@
+"""What lets a run that was stopped go on as if it had not been."""

@@ -103,7 +103,7 @@ def test_the_translation_of_the_paper_is_what_its_comment_states():
         assert len(instantiate(model).moe_layers) == 6
     plan = instantiate(config.evolution).make_plan(config.trainer.max_steps)
     assert (plan.temperature.start, plan.temperature.end, plan.temperature.length) == (2.0, 0.5, 5000)
-    assert plan.harden_at == 6000
+    assert plan.harden_at - plan.spawn_at == 6000
 
 
 @pytest.mark.parametrize("experiment", ["gpt_dts", "gpt_switch"])

@@ -98,6 +98,8 @@ def test_noise_has_the_configured_deviation() -> None:
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_reinit_redraws_whole_hidden_units_with_the_statistics_of_what_they_replace(activation: str) -> None:
     layer = make_layer(activation)
+    with torch.no_grad():
+        layer.experts.expert_parameters(0)["w_in"][H:] *= 10
     base = snapshot(layer, 0)
     spawn_one(layer, method="reinit", ratio=0.5, keep_first=True)
     child = snapshot(layer, 1)
@@ -108,7 +110,9 @@ def test_reinit_redraws_whole_hidden_units_with_the_statistics_of_what_they_repl
     assert torch.equal((child["w_in"] != base["w_in"]).all(dim=1), rows)
     assert torch.equal((child["b_in"] != base["b_in"]), rows)
     assert torch.equal(child["b_out"], base["b_out"])
-    assert child["w_in"][rows].std().item() == pytest.approx(base["w_in"][rows].std().item(), rel=0.1)
+    for part in range(child["w_in"].shape[0] // H):  # swiglu's gate and its twin, here of another scale
+        drawn, before = (weights["w_in"].chunk(child["w_in"].shape[0] // H)[part][units] for weights in (child, base))
+        assert drawn.std().item() == pytest.approx(before.std().item(), rel=0.15)
 
 
 def test_keep_first_leaves_expert_0_as_it_was() -> None:
@@ -144,7 +148,7 @@ def test_the_draws_depend_on_seed_layer_and_expert_alone() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_moments_are_carried_and_masked_like_the_weights(fused: bool) -> None:
+def test_moments_are_carried_the_first_one_masked_like_the_weights(fused: bool) -> None:
     layer = make_layer()
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3, fused=fused)
     for _ in range(3):
@@ -159,10 +163,26 @@ def test_moments_are_carried_and_masked_like_the_weights(fused: bool) -> None:
         state = optimizer.state[child]
         assert state["step"] == 3
         assert torch.equal(state["exp_avg"], moments["exp_avg"] * kept)
-        assert torch.equal(state["exp_avg_sq"], moments["exp_avg_sq"] * kept)
+        assert torch.equal(state["exp_avg_sq"], moments["exp_avg_sq"])
     train_step(layer, optimizer)  # no state is shared between experts
     steps = {float(optimizer.state[layer.experts.expert_parameters(expert)["w_in"]]["step"]) for expert in range(E)}
     assert steps == {4.0}
+
+
+def test_no_weight_moves_further_than_it_did_before_the_spawn() -> None:
+    """Under a constant gradient Adam moves each weight by the learning rate; also one whose first moment is gone."""
+    layer = make_layer()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3, weight_decay=0.0)
+    for step in range(40):
+        if step == 30:
+            spawn_one(layer, optimizer=optimizer, method="mask", ratio=0.5)
+        for expert in range(E if step >= 30 else 1):
+            for parameter in layer.experts.expert_parameters(expert).values():
+                parameter.grad = torch.ones_like(parameter)
+        before = [parameter.clone() for parameter in layer.experts.parameters()]
+        optimizer.step()
+        moved = [(now - then).abs().max().item() for now, then in zip(layer.experts.parameters(), before, strict=True)]
+        assert max(moved) < 1.01e-3
 
 
 def test_reset_starts_all_experts_moments_anew() -> None:

@@ -96,6 +96,16 @@ def test_temperature_is_learned():
     assert route(router, hidden).weight.mean().item() > before.item()
 
 
+def test_beyond_its_bound_the_temperature_still_has_a_gradient_that_leads_back():
+    router = build()
+    with torch.no_grad():
+        router.gate.log_scale.fill_(math.log(150))
+    logits = router.gate(draw(T, D))
+    assert logits.abs().max() <= 100 * (1 + 1e-5)
+    logits.square().mean().backward()
+    torch.testing.assert_close(router.gate.log_scale.grad, 2 * logits.detach().square().mean())
+
+
 def test_losses_at_balance():
     router, hidden = rotating()
     losses = route(router, hidden).losses

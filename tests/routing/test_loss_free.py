@@ -172,7 +172,7 @@ def test_drawn_anew_it_begins_without_bias():
         ({"scores": "relu"}, "router scores='relu' is unknown: expected sigmoid or softmax"),
         ({"top_k": 1}, "router renormalize=true with top_k=1 leaves the gate without gradient: set renormalize=false"),
         ({"scaling_factor": 0.0}, "router scaling_factor=0.0: expected a finite value above 0"),
-        ({"update_rate": -0.1}, "router update_rate=-0.1: expected a finite value above 0"),
+        ({"update_rate": -0.1}, "router update_rate=-0.1: expected a finite value of 0 or above"),
         ({"num_groups": 3}, "router num_groups=3: expected a divisor of the number of experts, 8"),
         (
             {"num_groups": 4, "top_groups": 5},
@@ -188,3 +188,26 @@ def test_errors_name_the_value_and_the_remedy(options, message):
     with pytest.raises(ConfigError) as error:
         LossFreeBias(4, 8, **options)
     assert str(error.value) == message
+
+
+def test_the_loss_of_each_sequence_by_hand():
+    scores = torch.tensor([[0.6, 0.2, 0.2], [0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]])
+    router, _ = loss_free_for(torch.logit(scores), top_k=1, renormalize=False)
+    router.bias.copy_(torch.tensor([0.0, 0.0, 9.0]))  # decides about the experts, not about the loss
+    hidden = torch.eye(4)
+    alike = router(RoutingInput(hidden=hidden, batch=2, sequence=2))
+    # E sum f P: 3 * (1 * 0.55), and 3 * (0.5 * 0.5 + 0.5 * 0.35)
+    assert alike.losses["sequence_balance"].item() == pytest.approx((1.65 + 1.275) / 2)
+    valid = torch.tensor([True, True, True, False])
+    padded = router(RoutingInput(hidden=hidden, batch=2, sequence=2, valid=valid))
+    assert padded.losses["sequence_balance"].item() == pytest.approx((1.65 + 2.4) / 2)
+    valid = torch.tensor([True, True, False, False])
+    empty = router(RoutingInput(hidden=hidden, batch=2, sequence=2, valid=valid))
+    assert empty.losses["sequence_balance"].item() == pytest.approx(1.65)
+
+
+def test_a_rate_of_0_holds_the_bias():
+    router, _ = loss_free_for(torch.zeros(3, 4), update_rate=0.0)
+    router.bias.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    step(router, [4, 0, 0, 0])
+    assert router.bias.tolist() == [1.0, 2.0, 3.0, 4.0]

@@ -37,6 +37,13 @@ def with_logits(logits: Tensor, experts: int, **options: Any) -> tuple[MoEPlusPl
     return router, RoutingInput(hidden=torch.eye(tokens), batch=1, sequence=tokens)
 
 
+def test_the_choice_is_that_of_the_logits_where_probabilities_underflow():
+    router, inputs = with_logits(torch.tensor([[1000.0, 10.0, 800.0, 20.0, 30.0]]), 2)
+    assert router(inputs).metrics["null_share"] == 0.5  # the first expert and the zero
+    router, inputs = with_logits(torch.tensor([[1000.0, 800.0, 10.0, 20.0, 30.0]]), 2)
+    assert router(inputs).metrics["null_share"] == 0
+
+
 # One true expert, then zero, copy and constant.
 FOUR_TOKENS = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.1, 0.4, 0.3, 0.2], [0.1, 0.2, 0.3, 0.4], [0.4, 0.1, 0.2, 0.3]])
 

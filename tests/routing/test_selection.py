@@ -61,9 +61,8 @@ def test_batch_priority_serves_large_weights_first(choices, capacity, data):
     flags = st.lists(st.booleans(), min_size=len(expert), max_size=len(expert))
     valid, number = data.draw(flags), st.sampled_from([0.1, 0.2, 0.5, 0.9])
     weight = data.draw(st.lists(number, min_size=len(expert), max_size=len(expert)))
-    weights = torch.tensor(weight)[:, None] * torch.tensor([1.0, 0.5, 0.4, 0.3, 0.2])[: len(expert[0])]
     order = sorted(range(len(expert)), key=lambda token: -weight[token])
-    served = within_capacity(torch.tensor(expert), capacity, torch.tensor(valid), "best", weights)
+    served = within_capacity(torch.tensor(expert), capacity, torch.tensor(valid), "best", torch.tensor(weight))
     assert served.tolist() == served_one_by_one(expert, capacity, valid, "best", order)
 
 
@@ -83,7 +82,7 @@ def test_each_pool_has_places_of_its_own(batch, sequence, pool, priority, multip
     valid = torch.rand(tokens, generator=generator) < 0.7
     inputs = RoutingInput(hidden=torch.zeros(tokens, 1), batch=batch, sequence=sequence, valid=valid)
     (token, kept, counts), load = assign_within_capacity(
-        inputs, expert, weight, experts, factor, priority, pool, multiple
+        inputs, expert, weight, experts, factor, priority, pool, multiple, confidence=weight[:, 0]
     )
     assert torch.equal(load, torch.bincount(expert[valid].flatten(), minlength=experts))
 
@@ -93,7 +92,7 @@ def test_each_pool_has_places_of_its_own(batch, sequence, pool, priority, multip
     for members in (numbers[key == number] for number in key.unique()):
         real = valid[members].sum()
         capacity = -(-max(math.ceil(float(real) * 2 * factor / experts - 1e-9), 1) // multiple) * multiple
-        served = within_capacity(expert[members], capacity, valid[members], priority, weight[members])
+        served = within_capacity(expert[members], capacity, valid[members], priority, weight[members, 0])
         expected[members] = expected[members].scatter(1, expert[members], weight[members] * served)
     found = torch.zeros(tokens, experts)
     found[token, torch.arange(experts).repeat_interleave(counts)] = kept

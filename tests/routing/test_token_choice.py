@@ -63,6 +63,11 @@ def test_choices_and_weights_are_those_of_the_softmax_with_noise_in_training_alo
     assert not torch.equal(logits.argmax(dim=1), noisy(logits, 3.0).argmax(dim=1))
 
 
+def test_the_choice_is_that_of_the_logits_where_probabilities_underflow():
+    logits = torch.tensor([[1000.0, 10.0, 20.0, 800.0, 30.0, 40.0, 50.0, 60.0]])
+    assert route(SoftmaxTokenChoice, logits, top_k=2, **DROPLESS).expert.tolist() == [0, 3]
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_losses_are_those_of_v_moe(train):
     """Importance and load, by loops over the real tokens."""

@@ -121,3 +121,19 @@ def test_errors_name_the_value_and_the_remedy(options, message):
     with pytest.raises(ConfigError) as error:
         TopK(8, 4, **options)
     assert str(error.value) == message
+
+
+def test_batch_priority_goes_by_the_probability_and_not_by_its_renormalised_share():
+    probabilities = torch.tensor([[0.50, 0.45, 0.05], [0.05, 0.15, 0.80], [0.45, 0.28, 0.27]])
+    options = {"top_k": 2, "capacity_factor": 0.5, "priority": "best"}  # one place each
+    router, inputs = topk_for(probabilities.log(), **options)
+    kept = router.train()(inputs).to_dense()
+    assert kept[0, 0] > 0  # of the shares 0.526 and 0.616 the second is larger
+    assert kept[2, 0] == 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_the_choice_is_that_of_the_logits_where_probabilities_underflow(scale):
+    logits = scale * torch.tensor([[9.0, 0.1, 0.2, 8.0, 0.3, 0.4, 0.5, 0.6]])
+    router, inputs = topk_for(logits, top_k=3)
+    assert sorted(router(inputs).expert.tolist()) == [0, 3, 7]

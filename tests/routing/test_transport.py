@@ -38,7 +38,7 @@ def all_real(logits: Tensor) -> Tensor:
 @pytest.mark.parametrize(("tokens", "experts"), [(64, 4), (7, 3), (3, 8), (5, 1)])
 def test_sinkhorn_is_that_of_pot(epsilon, tokens, experts):
     logits = draw(2, tokens, experts)
-    plans = Sinkhorn(epsilon, 2000, 0).plan(logits, all_real(logits))
+    plans = Sinkhorn(epsilon, 2000, 0).log_plan(logits, all_real(logits)).exp()
     for plan, of_pool in zip(plans, logits, strict=True):
         masses = np.ones(tokens), np.full(experts, tokens / experts)
         expected = ot.sinkhorn(*masses, -of_pool.numpy(), reg=epsilon, numItermax=20_000, stopThr=1e-13)
@@ -47,7 +47,7 @@ def test_sinkhorn_is_that_of_pot(epsilon, tokens, experts):
 
 def test_published_number_of_iterations_balances_the_load_of_normal_logits():
     logits = draw(3, 196, 32).float()
-    plan = Sinkhorn(tolerance=0).plan(logits, all_real(logits))
+    plan = Sinkhorn(tolerance=0).log_plan(logits, all_real(logits)).exp()
     torch.testing.assert_close(plan.sum(dim=2), torch.ones(3, 196))
     torch.testing.assert_close(plan.sum(dim=1), torch.full((3, 32), 196 / 32), rtol=1e-5, atol=0)
 
@@ -56,21 +56,21 @@ def test_published_number_of_iterations_balances_the_load_of_normal_logits():
 @given(seed=st.integers(0, 1000), shift=st.floats(-50, 50))
 def test_a_constant_on_a_token_or_an_expert_changes_nothing(seed, shift):
     logits = draw(1, 9, 4, seed=seed)
-    plan = TO_THE_END.plan(logits, all_real(logits))
+    plan = TO_THE_END.log_plan(logits, all_real(logits)).exp()
     shifted = logits + shift * draw(1, 9, 1, seed=seed + 1) + shift * draw(1, 1, 4, seed=seed + 2)
-    torch.testing.assert_close(TO_THE_END.plan(shifted, all_real(logits)), plan, atol=1e-6, rtol=0)
-    torch.testing.assert_close(TO_THE_END.plan(logits.log_softmax(dim=2), all_real(logits)), plan)
+    torch.testing.assert_close(TO_THE_END.log_plan(shifted, all_real(logits)).exp(), plan, atol=1e-6, rtol=0)
+    torch.testing.assert_close(TO_THE_END.log_plan(logits.log_softmax(dim=2), all_real(logits)).exp(), plan)
 
 
 def test_logits_that_overflow_as_exponentials_have_a_plan():
     logits = 1000 * draw(2, 16, 4).float()
-    plan = Sinkhorn(iterations=20).plan(logits, all_real(logits))
+    plan = Sinkhorn(iterations=20).log_plan(logits, all_real(logits)).exp()
     torch.testing.assert_close(plan.sum(dim=2), torch.ones(2, 16))
 
 
 def test_a_balanced_load_need_not_be_balanced_in_its_best_entries():
     logits = draw(1, 64, 4)
-    plan = TO_THE_END.plan(logits, all_real(logits))
+    plan = TO_THE_END.log_plan(logits, all_real(logits)).exp()
     torch.testing.assert_close(plan.sum(dim=1), torch.full((1, 4), 16.0, dtype=torch.float64))
     assert plan.argmax(dim=2).flatten().bincount(minlength=4).tolist() != [16] * 4
 
@@ -79,7 +79,7 @@ def test_the_tolerance_bounds_the_error_of_the_load():
     logits = 2 * draw(1, 64, 8).float()
     errors = {}
     for tolerance in (1e-1, 1e-3, 1e-5):
-        load = Sinkhorn(iterations=500, tolerance=tolerance).plan(logits, all_real(logits)).sum(dim=1)
+        load = Sinkhorn(iterations=500, tolerance=tolerance).log_plan(logits, all_real(logits)).exp().sum(dim=1)
         errors[tolerance] = float((load / 8 - 1).abs().max())
         assert errors[tolerance] < tolerance
     assert errors[1e-1] > errors[1e-3] > errors[1e-5]
@@ -88,21 +88,21 @@ def test_the_tolerance_bounds_the_error_of_the_load():
 def test_a_pool_does_not_depend_on_the_others():
     logits = torch.cat([draw(1, 12, 4), 10 * draw(1, 12, 4, seed=1), torch.zeros(1, 12, 4, dtype=torch.float64)])
     solver = Sinkhorn(iterations=50)
-    together = solver.plan(logits, all_real(logits))
+    together = solver.log_plan(logits, all_real(logits)).exp()
     for pool, plan in zip(logits.split(1), together.split(1), strict=True):
-        assert torch.equal(solver.plan(pool, all_real(pool)), plan)
+        assert torch.equal(solver.log_plan(pool, all_real(pool)).exp(), plan)
 
 
 def test_padding_carries_no_mass():
     logits, valid = draw(2, 9, 3), torch.arange(9).expand(2, 9) % 3 != 1
-    packed = TO_THE_END.plan(logits[:, valid[0]], all_real(logits[:, valid[0]]))
-    torch.testing.assert_close(TO_THE_END.plan(logits, valid)[:, valid[0]], packed)
-    assert TO_THE_END.plan(logits, torch.zeros_like(valid)).isfinite().all()
+    packed = TO_THE_END.log_plan(logits[:, valid[0]], all_real(logits[:, valid[0]])).exp()
+    torch.testing.assert_close(TO_THE_END.log_plan(logits, valid).exp()[:, valid[0]], packed)
+    assert TO_THE_END.log_plan(logits, torch.zeros_like(valid)).exp().isfinite().all()
 
 
 def test_gradient_of_the_plan_is_that_of_a_softmax_with_constant_prices():
     logits = draw(1, 6, 3).requires_grad_()
-    plan = TO_THE_END.plan(logits, all_real(logits))
+    plan = TO_THE_END.log_plan(logits, all_real(logits)).exp()
     prices = (plan.log() - logits).detach()
     direction = draw(1, 6, 3, seed=1)
     (found,) = torch.autograd.grad((plan * direction).sum(), logits)

@@ -31,8 +31,10 @@ class Spawn:
         ratio: share of masked weights, share of redrawn units, or the noise's deviation in units of the weight's own.
         rescale: ``mask`` only: divide the surviving weights by ``1 - ratio``.
         keep_first: leave expert 0 as it was trained.
-        moments: ``carry`` gives every expert the Adam moments of expert 0, masked as its weights are; ``reset`` starts
-            all experts' moments at zero.
+        moments: ``carry`` gives every expert the Adam moments of expert 0, the first one zero where its weights are
+            masked or redrawn; ``reset`` starts all experts' moments at zero. The second moment is carried whole: at
+            zero in the middle of a run, where Adam no longer corrects its bias, it would make the next steps several
+            times too long.
     """
 
     method: str = "mask"
@@ -100,17 +102,24 @@ def _bear(
             value = value + spawn.ratio * source.std() * _draw(torch.randn, source, generator)
         elif units is not None and name != "b_out":
             chosen = _unit_mask(name, source, units)
-            redrawn = source[chosen]
-            if redrawn.numel() > 1:
-                fresh = _draw(torch.randn, source, generator) * redrawn.std() + redrawn.mean()
-                value = torch.where(chosen, fresh, value)
-                keep = keep * ~chosen
+            parts = len(units) if name.endswith("_in") else len(source)  # swiglu holds two matrices in one
+            halves = zip(source.split(parts), chosen.split(parts), strict=True)
+            value = torch.cat([_redraw(half, mask, generator) for half, mask in halves])
+            keep = keep * ~chosen
         child[name].copy_(value)
         if optimizer is not None and source in optimizer.state:
             optimizer.state[child[name]] = {
-                key: state * keep if isinstance(state, Tensor) and state.shape == keep.shape else _clone(state)
+                key: state * keep if key == "exp_avg" else _clone(state)
                 for key, state in optimizer.state[source].items()
             }
+
+
+def _redraw(weights: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw the chosen entries anew, with their mean and deviation."""
+    replaced = weights[chosen]
+    if replaced.numel() < 2:
+        return weights
+    return torch.where(chosen, _draw(torch.randn, weights, generator) * replaced.std() + replaced.mean(), weights)
 
 
 def _redrawn_units(experts: Experts, spawn: Spawn, generator: torch.Generator) -> Tensor:

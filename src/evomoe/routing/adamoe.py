@@ -71,6 +71,10 @@ class AdaMoE(Router):
         if num_null < 0:
             raise ConfigError(f"router num_null={num_null}: expected 0 or more")
         check_top_k(top_k, num_experts + num_null)
+        if top_k == 1 < num_experts + num_null:
+            raise ConfigError(
+                "router top_k=1 gives the only choice weight 1 and the gate no gradient: expected 2 or more"
+            )
         if renormalize not in ("experts", "all"):
             raise ConfigError(f"router renormalize={renormalize!r} is unknown: expected experts or all")
         if null_output not in ("zero", "identity"):

@@ -26,7 +26,8 @@ class CosineGate(Gate):
         d_model: width D of the token states.
         num_experts: number of experts E.
         projection_dim: dimension R of the hypersphere.
-        temperature: initial temperature, which is learned in log space and held at 0.01 or above.
+        temperature: initial temperature, which is learned in log space and held at 0.01 or above. A bound that lets
+            no gradient through would never let go, so the gradient of what lies beyond it counts as well.
     """
 
     def __init__(self, d_model: int, num_experts: int, projection_dim: int, temperature: float) -> None:
@@ -50,7 +51,9 @@ class CosineGate(Gate):
             # The usual floor of 1e-12 would multiply the gradient of a state of zeros by 1e12.
             tokens = F.normalize(projected, dim=1, eps=LEAST_NORM)
             experts = F.normalize(self.experts.float(), dim=1, eps=LEAST_NORM)
-            scale = self.log_scale.float().clamp(max=-math.log(LEAST_TEMPERATURE)).exp()
+            log_scale = self.log_scale.float()
+            log_scale = log_scale - (log_scale + math.log(LEAST_TEMPERATURE)).clamp(min=0).detach()
+            scale = log_scale.exp()
             return F.linear(tokens, experts) * scale
 
 

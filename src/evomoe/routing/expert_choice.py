@@ -181,8 +181,8 @@ class SinkhornExpertChoice(ExpertChoice):
         self.combine = combine
 
     def _rank_and_weigh(self, pooled: Pooled) -> tuple[Tensor, Tensor]:
-        plan = self.sinkhorn.plan(pooled.logits, pooled.valid)
-        return plan, plan if self.combine == "plan" else pooled.probabilities
+        log_plan = self.sinkhorn.log_plan(pooled.logits, pooled.valid)
+        return log_plan, log_plan.exp() if self.combine == "plan" else pooled.probabilities
 
 
 class SparsityConstrainedExpertChoice(ExpertChoice):

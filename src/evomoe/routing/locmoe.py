@@ -31,7 +31,8 @@ class LocMoE(Router):
     combine weights and the losses teach the layers below it where to send a token.
 
     The nodes of a cluster are simulated: experts lie on ``num_nodes`` nodes in contiguous blocks, and so do the
-    sequences of a batch, as the ranks of a data-parallel run would hold them. A batch of one lies on node 0.
+    sequences of a batch, as the ranks of a data-parallel run would hold them. A batch of one lies on node 0. In a run
+    of several processes each of them simulates all nodes for its own sequences.
 
     Where the paper is silent, ours: ties that the ReLU makes are broken by the score before it, there is no term
     ``epsilon`` in the score, the local distribution is smoothed, and a full expert serves earlier tokens first.

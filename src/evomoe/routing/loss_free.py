@@ -12,6 +12,7 @@ from torch import Tensor
 from evomoe.errors import ConfigError
 from evomoe.routing.contract import Router, RoutingInput, SparseRouting, StepStatistics
 from evomoe.routing.gate import LinearGate
+from evomoe.routing.losses import sequence_balance
 from evomoe.routing.selection import assign_choices, check_renormalize, check_top_k, make_routing
 
 SCORES = ("sigmoid", "softmax")
@@ -28,7 +29,11 @@ class LossFreeBias(Router):
     With ``num_groups`` a token's experts come from the ``top_groups`` groups whose two best biased scores have the
     highest sum (the node-limited routing of DeepSeek-V3; a group are the experts of one node).
 
-    It has no loss. The metric ``bias_range`` is the largest bias less the smallest.
+    The metric ``bias_range`` is the largest bias less the smallest.
+
+    Losses:
+        sequence_balance: keeps single sequences from imbalance, see :func:`~evomoe.routing.losses.sequence_balance`; 1
+            at balance. DeepSeek-V3 adds 1e-4 of it.
 
     Args:
         d_model: width D of the token states.
@@ -39,10 +44,12 @@ class LossFreeBias(Router):
         scaling_factor: multiplies the weights (DeepSeek-V3: 2.5).
         num_groups: number of groups of consecutive experts; divides E.
         top_groups: groups that a token's experts may come from.
-        update_rate: step of the bias (both papers: 0.001; more oscillates, less is slow).
+        update_rate: step of the bias (both papers: 0.001; more oscillates, less is slow). 0 leaves it where it is, as
+            DeepSeek-V3 does for the last part of its run.
         init: initialisation of the gate, see ``LinearGate``.
     """
 
+    loss_names = ("sequence_balance",)
     adapts = True
     bias: Tensor
 
@@ -65,9 +72,10 @@ class LossFreeBias(Router):
         if scores not in SCORES:
             raise ConfigError(f"router scores={scores!r} is unknown: expected sigmoid or softmax")
         check_renormalize(renormalize, top_k, num_experts)
-        for name, value in (("scaling_factor", scaling_factor), ("update_rate", update_rate)):
-            if not 0 < value < math.inf:
-                raise ConfigError(f"router {name}={value}: expected a finite value above 0")
+        if not 0 < scaling_factor < math.inf:
+            raise ConfigError(f"router scaling_factor={scaling_factor}: expected a finite value above 0")
+        if not 0 <= update_rate < math.inf:
+            raise ConfigError(f"router update_rate={update_rate}: expected a finite value of 0 or above")
         if num_groups < 1 or num_experts % num_groups:
             raise ConfigError(
                 f"router num_groups={num_groups}: expected a divisor of the number of experts, {num_experts}"
@@ -104,7 +112,11 @@ class LossFreeBias(Router):
         weight = (F.softmax(chosen, dim=1) if self.renormalize else chosen.exp()) * self.scaling_factor
         assignments = assign_choices(expert, weight, self.num_experts, inputs.valid)
         routing = make_routing(inputs, assignments, F.softmax(log_scores, dim=1))
-        return replace(routing, metrics={"bias_range": self.bias.max() - self.bias.min()})
+        return replace(
+            routing,
+            losses={"sequence_balance": sequence_balance(routing.scores, self.top_k, inputs)},
+            metrics={"bias_range": self.bias.max() - self.bias.min()},
+        )
 
     def after_optimizer_step(self, statistics: StepStatistics) -> None:
         """Raise the bias of the experts below the mean load, lower that of those above it."""

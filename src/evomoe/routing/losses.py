@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from evomoe.routing.contract import Balance
+from evomoe.routing.contract import Balance, RoutingInput
+from evomoe.routing.pools import real_tokens, to_pools
 from evomoe.routing.selection import mask_padding
 
 
@@ -24,6 +25,25 @@ def switch_balance(probabilities: Tensor, load: Tensor, num_tokens: Tensor, top_
     num_experts = probabilities.shape[1]
     price = probabilities.sum(dim=0) / num_tokens.clamp(min=1) * (num_experts / top_k)
     return Balance(price=price, load=load, tokens=num_tokens)
+
+
+def sequence_balance(shares: Tensor, top_k: int, inputs: RoutingInput) -> Tensor:
+    """The mean over the sequences of ``sum_i f_i P_i`` within each (DeepSeek-V3, arXiv 2412.19437, equations 17 to 20).
+
+    The ``top_k`` highest shares of a token count, whatever else may decide about its experts. The value is 1 if f or P
+    is uniform in every sequence. The gradient flows through P only.
+
+    Args:
+        shares: scores of the experts divided by their sum, ``(T, E)``, zero rows at padding.
+        top_k: experts per token.
+        inputs: what was routed.
+    """
+    best = torch.zeros_like(shares).scatter(1, shares.topk(top_k, dim=1).indices, 1.0)
+    real = real_tokens(inputs, "sequence").sum(dim=1)  # (B,)
+    load = to_pools(mask_padding(best, inputs.valid), inputs, "sequence").sum(dim=1)  # (B, E)
+    price = to_pools(shares, inputs, "sequence").sum(dim=1)
+    product = (load * price).sum(dim=1) * (shares.shape[1] / top_k) / real.clamp(min=1).square()
+    return product.sum() / (real > 0).sum().clamp(min=1)
 
 
 def z_loss(logits: Tensor, valid: Tensor | None, num_tokens: Tensor) -> Tensor:

@@ -124,7 +124,8 @@ class MoEPlusPlus(Router):
             with torch.autocast(device_type=logits.device.type, enabled=False):
                 logits = logits + F.linear(inputs.previous_logits, self.residual.float())
         probabilities = F.softmax(logits, dim=1)
-        weight, expert = probabilities.topk(self.top_k, dim=1)  # (T, K)
+        expert = logits.topk(self.top_k, dim=1).indices  # (T, K); probabilities may underflow to ties
+        weight = probabilities.gather(1, expert)
 
         num_all = self.num_experts + self.num_null
         chosen = assign_choices(expert, weight, num_all, inputs.valid)

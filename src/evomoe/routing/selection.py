@@ -67,7 +67,7 @@ def within_capacity(
     capacity: Tensor | int,
     valid: Tensor | None,
     priority: str = "token",
-    weight: Tensor | None = None,
+    confidence: Tensor | None = None,
 ) -> Tensor:
     """Which choices find a free place, ``(T, K)`` bool.
 
@@ -77,12 +77,12 @@ def within_capacity(
         valid: ``(T,)`` bool; padding takes no place and is never kept.
         priority: ``"token"`` serves all choices of an earlier token first (causal); ``"choice"`` serves all first
             choices before any second choice (GShard): a later token can then evict an earlier one's second choice;
-            ``"best"`` does so after sorting the tokens by their largest weight (V-MoE's Batch Priority Routing).
-        weight: combine weights ``(T, K)``, for ``"best"``.
+            ``"best"`` does so after sorting the tokens by ``confidence`` (V-MoE's Batch Priority Routing).
+        confidence: of each token in its first choice ``(T,)``, for ``"best"``.
     """
     if priority == "best":
-        assert weight is not None
-        best = torch.argsort(weight.amax(dim=1), descending=True, stable=True)
+        assert confidence is not None
+        best = torch.argsort(confidence, descending=True, stable=True)
         limit = capacity[best] if isinstance(capacity, Tensor) and capacity.ndim == 1 else capacity
         kept = torch.empty_like(expert, dtype=torch.bool)
         kept[best] = within_capacity(expert[best], limit, None if valid is None else valid[best], "choice")
@@ -114,6 +114,7 @@ def assign_within_capacity(
     priority: str = "token",
     pool: str = "batch",
     multiple: int = 1,
+    confidence: Tensor | None = None,
 ) -> tuple[Assignments, Tensor | None]:
     """Assignments under a capacity of ``factor * n * K / E`` places per expert, and the load before it, ``(E,)``.
 
@@ -127,7 +128,7 @@ def assign_within_capacity(
     capacity = capacity_per_expert(real.sum(dim=1), num_experts, expert.shape[1], factor, multiple=multiple)  # (G,)
     pool_of = from_pools(torch.arange(len(real), device=expert.device)[:, None].expand_as(real), pool)  # (T,)
     queue = expert + num_experts * pool_of[:, None]  # each pool has experts of its own
-    keep = within_capacity(queue, capacity[pool_of], inputs.valid, priority, weight)
+    keep = within_capacity(queue, capacity[pool_of], inputs.valid, priority, confidence)
     return assign_choices(expert, weight, num_experts, keep), assignments[2]
 
 

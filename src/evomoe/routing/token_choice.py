@@ -88,15 +88,17 @@ class SoftmaxTokenChoice(TopK):
         )
         ranking, weights = (from_pools(values, self.pool) for values in self._rank_and_weigh(pooled))
         expert = ranking.topk(self.top_k, dim=1).indices  # (T, K)
+        weight = weights.gather(1, expert)
         assignments, wanted = assign_within_capacity(
             inputs,
             expert,
-            weights.gather(1, expert),
+            weight,
             self.num_experts,
             self.capacity_factor if self.training else self.eval_capacity_factor,
             self.priority,
             self.pool,
             self.capacity_multiple,
+            confidence=weight.amax(dim=1),
         )
         routing = make_routing(inputs, assignments, F.softmax(logits, dim=1), wanted)
         return (
@@ -105,7 +107,7 @@ class SoftmaxTokenChoice(TopK):
 
     def _rank_and_weigh(self, pooled: Pooled) -> tuple[Tensor, Tensor]:
         """What a token orders the experts by, and the combine weights, ``(G, n, E)`` each."""
-        return pooled.probabilities, pooled.probabilities
+        return pooled.logits, pooled.probabilities  # probabilities may underflow to ties
 
     def _losses(self, routing: SparseRouting, logits: Tensor, noisy: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
         if self.noise > 0:
@@ -178,5 +180,5 @@ class SinkhornTokenChoice(SoftmaxTokenChoice):
         self.causal_in_train = self.causal_in_eval = pool == "position"
 
     def _rank_and_weigh(self, pooled: Pooled) -> tuple[Tensor, Tensor]:
-        plan = self.sinkhorn.plan(pooled.logits, pooled.valid)
-        return plan, plan if self.combine == "plan" else pooled.probabilities
+        log_plan = self.sinkhorn.log_plan(pooled.logits, pooled.valid)
+        return log_plan, log_plan.exp() if self.combine == "plan" else pooled.probabilities

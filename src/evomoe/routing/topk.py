@@ -24,9 +24,11 @@ from evomoe.routing.selection import (
 class TopK(Router):
     """The ``top_k`` best experts of ``softmax(xW)``.
 
-    Mixtral: ``renormalize=True``, dropless. GShard (arXiv 2006.16668): ``top_k=2, capacity_factor=2,
-    priority="choice"``, whose loss counts only first choices; ours counts all choices, as Mixtral and DeepSeek do.
-    ST-MoE (arXiv 2202.08906): ``capacity_factor=1.25`` and the z-loss.
+    Mixtral: ``renormalize=True``, dropless. GShard (arXiv 2006.16668) has 2 T / E places, ``top_k=2, capacity_factor=1,
+    priority="choice"``; its loss counts only first choices, where ours counts all, as Mixtral and DeepSeek do, and it
+    drops second choices of small weight at random, which ours does not. ST-MoE (arXiv 2202.08906) writes its factors
+    of 1.25 in training and 2 in evaluation without K: ``capacity_factor=0.625, eval_capacity_factor=1``, and the
+    z-loss.
 
     Losses:
         balance: ``E * sum_i f_i P_i`` with the load f divided by ``top_k``; 1 at balance.
@@ -40,8 +42,8 @@ class TopK(Router):
         capacity_factor: places per expert in training, as a multiple of T * K / E; None drops nothing.
         eval_capacity_factor: the same in evaluation.
         priority: who is served first under a capacity: ``"token"`` (earlier tokens, causal), ``"choice"`` (all first
-            choices) or ``"best"`` (all first choices, those of large weight before others). With the last two a later
-            token can evict an earlier one, so a causal model refuses them.
+            choices) or ``"best"`` (all first choices, those of high probability before others). With the last two a
+            later token can evict an earlier one, so a causal model refuses them.
         jitter: in training the gate sees the token state times U[1 - jitter, 1 + jitter].
         init: initialisation of the linear gate, see ``LinearGate``.
         gate: another gate in its place.
@@ -94,12 +96,15 @@ class TopK(Router):
             hidden = hidden * torch.empty_like(hidden).uniform_(1 - self.jitter, 1 + self.jitter)
         logits = self.gate(hidden)  # (T, E)
         probabilities = F.softmax(logits, dim=1)
-        weight, expert = probabilities.topk(self.top_k, dim=1)  # (T, K)
+        expert = logits.topk(self.top_k, dim=1).indices  # (T, K); probabilities may underflow to ties
+        chosen = weight = probabilities.gather(1, expert)
         if self.renormalize:
             weight = weight / weight.sum(dim=1, keepdim=True)
 
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        assignments, wanted = assign_within_capacity(inputs, expert, weight, self.num_experts, factor, self.priority)
+        assignments, wanted = assign_within_capacity(
+            inputs, expert, weight, self.num_experts, factor, self.priority, confidence=chosen[:, 0]
+        )
         routing = make_routing(inputs, assignments, probabilities, wanted)
         balance = switch_balance(routing.scores, routing.load, routing.num_tokens, self.top_k)
         return replace(

@@ -45,8 +45,8 @@ class Sinkhorn:
         if not self.tolerance >= 0:
             raise ConfigError(f"router tolerance={self.tolerance}: expected 0 (all iterations) or more, such as 0.001")
 
-    def plan(self, logits: Tensor, valid: Tensor) -> Tensor:
-        """``softmax((logits + prices) / epsilon)`` over the experts, with a price per expert that evens their load out.
+    def log_plan(self, logits: Tensor, valid: Tensor) -> Tensor:
+        """Logarithm of ``softmax((logits + prices) / epsilon)`` over the experts, whose prices even their load out.
 
         So each token's row sums to 1 exactly, and each expert's column to n / E as far as the iterations got. The
         gradient is that of the softmax: the prices count as constants.
@@ -59,7 +59,7 @@ class Sinkhorn:
             ``(G, n, E)``.
         """
         scaled = logits / self.epsilon
-        return F.softmax(scaled + self._prices(scaled, valid), dim=2)
+        return F.log_softmax(scaled + self._prices(scaled, valid), dim=2)
 
     @torch.no_grad()
     def _prices(self, scaled: Tensor, valid: Tensor) -> Tensor:

@@ -112,6 +112,8 @@ def test_a_checkpoint_of_other_data_is_refused(train, uninterrupted, tmp_path):
     files = [f"data.{split}={tmp_path / 'other.txt'}" for split in ("train", "val", "test")]
     with pytest.raises(ConfigError, match="the checkpoint was trained on other data"):
         train(tmp_path, *PLAIN, *files, f"ckpt_path={start}")
+    with pytest.raises(ConfigError, match=r"the checkpoint was trained on other data \(vocab_size \d+ -> 270\)"):
+        train(tmp_path, *PLAIN, "data.vocab_size=270", f"ckpt_path={start}")
 
 
 @pytest.mark.parametrize(

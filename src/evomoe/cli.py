@@ -25,8 +25,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from evomoe.errors import ConfigError, NonFiniteError
 
@@ -142,8 +142,11 @@ def _name_sweep(arguments: Sequence[str]) -> list[str]:
     return ["-m", *overrides]  # in front, as argparse sees no list in overrides on both sides of an option
 
 
-def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str) -> None:
+def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str) -> DictConfig:
     """Compose once, so that a mistyped word is answered with the nearest one that exists.
+
+    Returns:
+        The configuration, without that of Hydra itself.
 
     Raises:
         ConfigError: naming the word and the nearest valid one, a value of the wrong type, or a folder that cannot be.
@@ -163,6 +166,9 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
             kind = "true or false" if isinstance(usual, bool) else "a number"
             raise ConfigError(f"{override}: expected {kind}, as in {key}={str(usual).lower()}")
     _check_folder(Path(config.hydra.run.dir))
+    with open_dict(config):
+        del config["hydra"]
+    return config
 
 
 def check_missing(config: DictConfig) -> None:
@@ -286,6 +292,8 @@ def instantiate(node: Any, **extra: Any) -> Any:
                 raise cause from None
             cause = cause.__cause__
         raise ConfigError(_explain_target(error)) from error
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} has no value: choose a model, data and a task that go together") from error
 
 
 def check_types(node: Any) -> None:
@@ -356,6 +364,11 @@ def _words(annotation: Any) -> str:
 
 def _explain_target(error: InstantiationException) -> str:
     text = " ".join(str(error).split())
+    key = re.search(r"full_key: ([\w.]+)", text)
+    cause = error.__cause__
+    # By name, as importing Lightning takes seconds.
+    if key and (isinstance(cause, ValueError) or type(cause).__name__ == "MisconfigurationException"):
+        return f"{key[1]}: {' '.join(str(cause).split())}"
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     target = re.search(r"target '([\w.]+)'", text)
     if not unknown or not target:

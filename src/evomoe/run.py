@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
@@ -20,12 +19,13 @@ from rich.table import Table
 
 from evomoe.callbacks import EvolutionProgress, FewShotProbe, RandomState, RunSummary, SafeCheckpoint, print_closing
 from evomoe.callbacks.resuming.epoch_restart import EpochRestart
-from evomoe.checkpointing import VerifiedCheckpointIO, load_checkpoint, newest_checkpoint
+from evomoe.checkpointing import VerifiedCheckpointIO, newest_checkpoint
+from evomoe.checks import check_accelerator, check_parts, check_resume, check_share, check_trainer, check_validation
 from evomoe.cli import instantiate
 from evomoe.data.stored import StoredDataModule
 from evomoe.errors import ConfigError
 from evomoe.pretrained import find_pretrained
-from evomoe.restoring import FREE_KEYS, Restored, resolve_checkpoint, restore
+from evomoe.restoring import Restored, resolve_checkpoint, restore
 from evomoe.tasks import ImageClassification
 
 NOISE = ("GPU available", "TPU available", "\N{ELECTRIC LIGHT BULB} Tip", "`Trainer.fit` stopped", "`Trainer(limit_")
@@ -44,7 +44,8 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     L.seed_everything(config.seed, workers=True, verbose=False)
     with open_dict(config):
         config.paths.cache_dir = str(Path(config.paths.cache_dir).expanduser())
-    _check_accelerator("trainer.accelerator", config.trainer.accelerator, "trainer=default")
+    check_parts(config)
+    check_trainer(config.trainer)
     resume_from = _find_resume(config)
     pretrained = find_pretrained(config, resume_from)
     if pretrained is not None:
@@ -57,9 +58,9 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     data.setup("fit")
     with open_dict(config):
         config.model.update(data.model_sizes())
-    _check_validation(config, data)
+    check_validation(config.trainer, data)
     if resume_from is not None:
-        _check_same_method(config, resume_from)
+        check_resume(config, resume_from, data)
     L.seed_everything(config.seed, workers=True, verbose=False)  # building a corpus draws nothing that the model sees
     task = instantiate(config.task, model=instantiate(config.model))
     if pretrained is not None:
@@ -106,24 +107,6 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     return values, objects
 
 
-def _check_accelerator(key: str, accelerator: str, remedy: str) -> None:
-    if accelerator in ("gpu", "cuda") and not (CUDAAccelerator.is_available() or MPSAccelerator.is_available()):
-        raise ConfigError(f"{key}={accelerator}: no GPU is found here; use {remedy}")
-
-
-def _check_validation(config: DictConfig, data: L.LightningDataModule) -> None:
-    """Refuse validations that lie beyond the end of an epoch, where they are counted within epochs."""
-    every = config.trainer.val_check_interval
-    if config.trainer.check_val_every_n_epoch is None or not isinstance(every, int):
-        return
-    batches = len(data.train_dataloader())
-    if every > batches:
-        raise ConfigError(
-            f"trainer.val_check_interval={every} is more than the {batches} batches of an epoch: choose fewer, or add"
-            " trainer.check_val_every_n_epoch=null to count on through epochs"
-        )
-
-
 def _hush() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", module="lightning.*")
@@ -150,24 +133,12 @@ def _find_resume(config: DictConfig) -> Path | None:
     return None
 
 
-def _check_same_method(config: DictConfig, path: Path) -> None:
-    """Refuse to go on from the checkpoint of another router or another size of model."""
-    there = OmegaConf.create(load_checkpoint(path)["evomoe"]["config"])
-    keys = [*(f"model.{key}" for key in config.model if key not in FREE_KEYS), "router.gate._target_"]
-    for key in keys:
-        before, now = OmegaConf.select(there, key), OmegaConf.select(config, key)
-        if before != now:
-            raise ConfigError(
-                f"cannot resume from {path}: it was trained with {key}={before} and this run has {now}; restore it, or"
-                " start a new run with another run_name"
-            )
-
-
 def evaluate(config: DictConfig) -> dict[str, float]:
     """Measure a checkpoint on a split of its data, or of other data of their kind, under both routing rules."""
     if config.split not in ("val", "test"):
         raise ConfigError(f"split={config.split}: expected val or test")
-    _check_accelerator("accelerator", config.accelerator, "accelerator=cpu")
+    check_accelerator("accelerator", config.accelerator, "accelerator=cpu")
+    check_share("limit_batches", config.limit_batches)
     restored = restore(config.ckpt_path, config.log_dir, shlex.split(config.overrides))
     data = instantiate(restored.config.data)
     changes = _adapt(data, restored, config.split) if isinstance(data, StoredDataModule) else ""

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.control import strip_control_codes
 from rich.progress import Progress
 from rich.table import Table
 
@@ -39,7 +40,7 @@ def write(config: DictConfig) -> list[str]:
     restored = restore(config.ckpt_path, config.log_dir)
     if isinstance(restored.task, ImageClassification):
         raise ConfigError(f"{restored.path} classifies images and reads no text: measure it with eval.py")
-    restored.task.to(torch.device(config.device))
+    restored.task.to(_device(config.device))
     if isinstance(restored.task, Translation):
         return _translate(restored, config)
     if config.source is not None or config.source_file is not None:
@@ -51,6 +52,21 @@ def write(config: DictConfig) -> list[str]:
     if isinstance(restored.task, MaskedLanguageModeling):
         return _fill(restored, _texts("prompt", config.prompt, "The <mask> of"), config.candidates)
     return _continue(restored, config)
+
+
+def _print(text: str) -> None:
+    """Print a text as it is, tabs included, which a console of rich turns into blanks; no bells or carriage returns."""
+    print(strip_control_codes(text))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such kind; none of its kind here
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"device={name} cannot be used ({reason}): use device=cpu") from None
+    return device
 
 
 def _texts(key: str, given: Any, example: str) -> list[str]:
@@ -83,12 +99,12 @@ def _classify(restored: Restored, config: DictConfig) -> list[str]:
         with torch.inference_mode():
             outputs = task(torch.tensor([ids], device=task.device))[0].float()  # (C,)
         console.rule()
-        console.out(first if second is None else f"{first}\n{second}")
+        _print(first if second is None else f"{first}\n{second}")
         if whole > context:
-            console.out(f"({whole} tokens, of which the model reads {context})")
+            _print(f"({whole} tokens, of which the model reads {context})")
         if state["classes"] is None:
             answers.append(f"{outputs.item():.4g}")
-            console.out(answers[-1])
+            _print(answers[-1])
             continue
         shares = outputs.softmax(0).topk(min(config.candidates, len(outputs)))
         names = [state["classes"][index] for index in shares.indices.tolist()]
@@ -119,7 +135,7 @@ def _continue(restored: Restored, config: DictConfig) -> list[str]:
     console = Console(highlight=False, markup=False, emoji=False)
     for text, sample in zip(texts, written, strict=True):
         console.rule()
-        console.out(text)
+        _print(text)
         if sample.experts is not None:
             console.print(_expert_table(restored.tokenizer, sample))
     return texts
@@ -169,7 +185,7 @@ def _translate(restored: Restored, config: DictConfig) -> list[str]:
         texts = [tokenizer.decode(hypothesis.tokens) for hypothesis in found[number]]
         best.append(texts[0])
         if config.n_best == 1:
-            console.out(texts[0], highlight=False)
+            _print(texts[0])
             continue
         table = Table("score", "translation", title=source)
         for hypothesis, text in zip(found[number], texts, strict=True):
@@ -199,7 +215,7 @@ def _fill(restored: Restored, prompts: Sequence[str], candidates: int) -> list[s
     texts = []
     for prompt, split, guesses in zip(prompts, parts, fill(model, encoded, candidates), strict=True):
         console.rule()
-        console.out(prompt)
+        _print(prompt)
         table = Table("mask", *(str(rank + 1) for rank in range(len(guesses[0]))))
         for index, pairs in enumerate(guesses):
             table.add_row(str(index + 1), *(f"{tokenizer.decode([token])!r} {share:.1%}" for token, share in pairs))

@@ -77,7 +77,11 @@ REFUSED = [
     (["experiments=[]"], "experiments=[] is empty: expected names"),
     (["experiments=gpt_dts"], "experiments=gpt_dts is no list: expected names in brackets"),
     (["experiments=[gpt_dts]"], "reference=gpt_switch is not among the methods compared"),
-    ([TWO, "reference=gpt_dst"], "reference=gpt_dst is not among the methods compared; did you mean 'gpt_dts'?"),
+    ([TWO, "reference=gpt_dst"], "reference=gpt_dst is not among the methods compared: is 'gpt_dts' a slip?"),
+    (
+        [TWO, "reference=x"],
+        "reference=x is not among the methods compared: choose one of them, as in reference=gpt",
+    ),
     ([TWO, "seeds=[1,two]"], "seeds=[1,two]: expected different whole numbers"),
     ([TWO, "seeds=[]"], "seeds=[]: expected different whole numbers"),
     ([TWO, "seeds=[1,1]"], "seeds=[1,1]: expected different whole numbers"),

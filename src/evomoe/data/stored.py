@@ -35,6 +35,8 @@ class StoredDataModule(LightningDataModule, Generic[SomeStore]):
     """
 
     store_class: ClassVar[Any]
+    holds: ClassVar[str]
+    """What the batches are made of, which a task ``reads``."""
 
     def __init__(
         self,

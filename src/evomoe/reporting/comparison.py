@@ -8,7 +8,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from evomoe.cli import check_overrides
+from evomoe.checks import check_parts, check_trainer
+from evomoe.cli import check_missing, check_overrides, instantiate
 from evomoe.errors import ConfigError
 from evomoe.reporting.figures import draw
 from evomoe.reporting.hparams import write_hparams
@@ -81,7 +82,11 @@ def _run_missing(pool: Pool, runs: Iterable[Run], configs: Path) -> list[Failure
     missing = [run for run in runs if not is_finished(run)]
     for run in {run.label: run for run in missing}.values():
         try:
-            check_overrides([*run.overrides, f"hydra.run.dir={run.folder}"], configs, "train")
+            config = check_overrides([*run.overrides, f"hydra.run.dir={run.folder}"], configs, "train")
+            check_missing(config)
+            check_parts(config)
+            check_trainer(config.trainer)
+            instantiate(config.data)  # looks for its files
         except ConfigError as error:
             raise ConfigError(f"{run.label}: {error}") from None
     if missing:

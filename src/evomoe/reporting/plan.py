@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import shlex
@@ -12,7 +13,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from evomoe.cli import nearest
 from evomoe.errors import ConfigError
 
 BUDGETS = ("steps", "flops", "seconds")
@@ -136,10 +136,9 @@ def read_comparison(config: DictConfig) -> Comparison:
     methods = _read_methods(values["experiments"])
     labels = [method.label for method in methods]
     if values["reference"] not in labels:
-        raise ConfigError(
-            f"reference={values['reference']} is not among the methods compared"
-            f"{nearest(str(values['reference']), labels)}"
-        )
+        misspelt = difflib.get_close_matches(str(values["reference"]), labels, n=1, cutoff=0.8)
+        remedy = f"is {misspelt[0]!r} a slip?" if misspelt else f"choose one of them, as in reference={labels[0]}"
+        raise ConfigError(f"reference={values['reference']} is not among the methods compared: {remedy}")
     seeds = values["seeds"] if isinstance(values["seeds"], list) else [values["seeds"]]
     if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
         raise ConfigError(f"seeds={_shown(seeds)}: expected different whole numbers, as in seeds=[1,2,3]")

@@ -43,6 +43,8 @@ class ImageClassification(EvaluatedTask):
         cutmix: alpha of :func:`~evomoe.tasks.mixing.cut_mix`; 0 for none. With both, each batch draws one of the two.
     """
 
+    reads = "images"
+
     def __init__(
         self,
         model: ViT,

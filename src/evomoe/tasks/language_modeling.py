@@ -39,6 +39,8 @@ class LanguageModeling(EvaluatedTask):
         balance_scope: ``local`` or ``global``, see :class:`MoETask`.
     """
 
+    reads = "text"
+
     def __init__(
         self,
         model: GPT,

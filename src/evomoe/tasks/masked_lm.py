@@ -45,6 +45,8 @@ class MaskedLanguageModeling(EvaluatedTask):
 
     word_starts: Tensor | None
 
+    reads = "text"
+
     def __init__(
         self,
         model: RoBERTa,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import lightning as L
 import torch
@@ -57,6 +57,9 @@ class MoETask(L.LightningModule):
         balance_scope: over what the balance losses count the experts' load: ``local``, the micro-batch of one process,
             or ``global``, all processes and the micro-batches of the optimizer step so far (arXiv 2501.11873).
     """
+
+    reads: ClassVar[str | None] = None
+    """What its batches hold, in the word of the datamodules that have them; None for those of any."""
 
     def __init__(
         self,

@@ -39,6 +39,8 @@ class SequenceClassification(EvaluatedTask):
         freeze_routers: leave the routers as they are, the running state of those that adapt included.
     """
 
+    reads = "labelled sentences"
+
     def __init__(
         self,
         model: SequenceClassifier,

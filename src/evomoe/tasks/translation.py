@@ -50,6 +50,8 @@ class Translation(EvaluatedTask):
         bleu_tokenizer: how sacrebleu cuts the texts into words: ``13a``, ``intl``, ``char``, ``zh``, ``ja-mecab`` ...
     """
 
+    reads = "sentence pairs"
+
     def __init__(
         self,
         model: Transformer,

@@ -108,7 +108,7 @@ def test_a_metric_may_be_maximised_and_nan_is_never_best(tmp_path):
 
 
 def test_an_unlogged_metric_is_an_error_that_names_those_logged(tmp_path):
-    with pytest.raises(ConfigError, match=r"monitor='val/los' is not among the logged metrics \(.*val/loss\)"):
+    with pytest.raises(ConfigError, match=r"monitor=val/los is not measured: expected one of .*val/loss"):
         fit_losses(tmp_path, [1.0], monitor="val/los")
 
 

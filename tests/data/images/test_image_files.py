@@ -57,8 +57,11 @@ def test_a_file_that_is_no_image_is_named(folder):
 
 
 def test_what_is_missing_is_named(folder, tmp_path):
-    with pytest.raises(ConfigError, match=r"there is no folder .*nowhere/train: expected data.path="):
-        ImageFolder(tmp_path / "nowhere").load()
+    with pytest.raises(ConfigError, match=r"data.path=.*nowhere does not exist"):
+        ImageFolder(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"there is no folder .*train: expected data.path="):
+        ImageFolder(tmp_path / "empty").load()
     write_folder(folder, {"test": draw(4, classes=4, seed=1)}, [*NAMES, "fox"])
     with pytest.raises(ConfigError, match="the class 'fox' of the test split has no training image"):
         ImageFolder(folder).load()

@@ -100,7 +100,7 @@ class SafeCheckpoint(Checkpoint):
         if newer and (newest := checkpointing.newest_checkpoint(self.run_dir)) in newer:
             raise ConfigError(
                 f"{self.run_dir} already holds {newest.name}, beyond the step {self._step} that this run starts from;"
-                " resume from it, or give another run folder"
+                " go on from it (resume=auto), or give another run_name"
             )
         # Lightning set its own SIGTERM handler just before; it would stop inside an accumulation window.
         self._stop.listen(announce=trainer.is_global_zero)
@@ -192,8 +192,10 @@ class SafeCheckpoint(Checkpoint):
     def _new_best(self, trainer: L.Trainer) -> checkpointing.Best | None:
         """The present step if its metric beats the best so far; rank 0 decides for all."""
         if self.monitor not in trainer.callback_metrics:
-            logged = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
-            raise ConfigError(f"monitor={self.monitor!r} is not among the logged metrics ({logged})")
+            logged = (
+                ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/"))) or "nothing"
+            )
+            raise ConfigError(f"callbacks.checkpoint.monitor={self.monitor} is not measured: expected one of {logged}")
         value = trainer.callback_metrics[self.monitor].item()
         best = checkpointing.read_best(self.run_dir) if trainer.is_global_zero else None
         sign = 1 if self.mode == "min" else -1

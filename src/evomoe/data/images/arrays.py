@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from evomoe.data.images.source import ImageSet, ImageSource, LabelledImages, hold_out, with_validation
+from evomoe.data.images.source import ImageSet, ImageSource, LabelledImages, existing, hold_out, with_validation
 from evomoe.errors import ConfigError
 
 DIGITS_LARGEST = 16
@@ -59,7 +59,7 @@ class IdxFiles(ImageSource):
     """
 
     def __init__(self, path: str | Path, holdout: float = 0.1) -> None:
-        self._path = Path(path).expanduser()
+        self._path = existing(path)
         self._holdout = holdout
 
     def identity(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class Cifar(ImageSource):
     """
 
     def __init__(self, path: str | Path, holdout: float = 0.1) -> None:
-        self._path = Path(path).expanduser()
+        self._path = existing(path)
         self._holdout = holdout
 
     def identity(self) -> dict[str, Any]:

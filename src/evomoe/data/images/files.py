@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from evomoe.data.hub import HubDataset, first_line
-from evomoe.data.images.source import ImageSet, ImageSource, LabelledImages, with_validation
+from evomoe.data.images.source import ImageSet, ImageSource, LabelledImages, existing, with_validation
 from evomoe.errors import ConfigError
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -34,7 +34,7 @@ class ImageFolder(ImageSource):
     def __init__(
         self, path: str | Path, image_size: int | None = None, channels: int = 3, holdout: float = 0.1
     ) -> None:
-        self._path = Path(path).expanduser()
+        self._path = existing(path)
         self._decoder = Decoder(image_size, channels)
         self._holdout = holdout
 

@@ -98,6 +98,8 @@ class ImageDataModule(LightningDataModule):
         ConfigError: A size is not positive.
     """
 
+    holds = "images"
+
     def __init__(
         self,
         source: ImageSource,

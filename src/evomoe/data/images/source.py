@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,18 @@ from evomoe.errors import ConfigError
 
 HOLDOUT_SEED = 0
 """Of the draw that holds out a split: the same for all runs, so that their results are about the same images."""
+
+
+def existing(path: str | Path) -> Path:
+    """Return `data.path` as a path.
+
+    Raises:
+        ConfigError: There is nothing.
+    """
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise ConfigError(f"data.path={path} does not exist (seen from {Path.cwd()})")
+    return found
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class LabelledDataModule(StoredDataModule[LabelledStore]):
     """
 
     store_class = LabelledStore
+    holds = "labelled sentences"
 
     def __init__(
         self,

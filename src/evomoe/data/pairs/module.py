@@ -39,6 +39,7 @@ class PairDataModule(StoredDataModule[PairStore]):
     """
 
     store_class = PairStore
+    holds = "sentence pairs"
 
     def __init__(
         self,

@@ -42,6 +42,7 @@ class TextDataModule(StoredDataModule[TokenStore]):
     """
 
     store_class = TokenStore
+    holds = "text"
 
     def __init__(
         self,

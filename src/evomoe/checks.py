@@ -1,0 +1,103 @@
+"""What must hold before a run begins: parts that go together, options of the trainer, a checkpoint to go on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import hydra
+import lightning as L
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+from omegaconf import DictConfig, OmegaConf
+
+from evomoe.checkpointing import load_checkpoint
+from evomoe.errors import ConfigError
+from evomoe.restoring import FREE_KEYS
+
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu", "hpu")
+
+
+def check_parts(config: DictConfig) -> None:
+    """Refuse a task with a model or data that are made for another one.
+
+    A task says by the annotation of its argument ``model`` what it trains, and by ``reads`` what its batches hold, as
+    a datamodule does by ``holds``.
+
+    Raises:
+        ConfigError: naming the two that do not go together.
+    """
+    task, model, data = (hydra.utils.get_class(config[group]._target_) for group in ("task", "model", "data"))
+    wanted = get_type_hints(vars(task).get("__init__", object)).get("model")
+    if isinstance(wanted, type) and isinstance(model, type) and not issubclass(model, wanted):
+        raise ConfigError(
+            f"the model is a {model.__name__}, and task {task.__name__} trains a {wanted.__name__}: choose a model and"
+            " a task that go together, as one experiment has them"
+        )
+    reads, holds = getattr(task, "reads", None), getattr(data, "holds", None)
+    if reads and holds and reads != holds:
+        raise ConfigError(
+            f"the data are {holds}, and task {task.__name__} reads {reads}: choose data and a task that go together, as"
+            " one experiment has them"
+        )
+
+
+def check_accelerator(key: str, accelerator: Any, remedy: str) -> None:
+    """Refuse an accelerator that does not exist, or a GPU that is not there."""
+    if isinstance(accelerator, str) and accelerator not in ACCELERATORS:
+        raise ConfigError(f"{key}={accelerator} is unknown: expected cpu, gpu or auto")
+    if accelerator in ("gpu", "cuda") and not (CUDAAccelerator.is_available() or MPSAccelerator.is_available()):
+        raise ConfigError(f"{key}={accelerator}: no GPU is found here; use {remedy}")
+
+
+def check_share(key: str, value: Any) -> None:
+    """Refuse what is neither a number of batches nor a share of them."""
+    is_share = type(value) is float and 0 < value <= 1
+    if not (is_share or (type(value) is int and value >= 1)):
+        raise ConfigError(f"{key}={value}: expected a number of batches of at least 1, or a share such as 0.5")
+
+
+def check_trainer(trainer: DictConfig) -> None:
+    """Refuse options of the trainer that Lightning takes and stumbles over later."""
+    check_accelerator("trainer.accelerator", trainer.accelerator, "trainer=default")
+    if trainer.get("val_check_interval") is not None:
+        check_share("trainer.val_check_interval", trainer.val_check_interval)
+    batches = trainer.get("accumulate_grad_batches", 1)
+    if type(batches) is not int or batches < 1:
+        raise ConfigError(f"trainer.accumulate_grad_batches={batches}: expected a whole number of at least 1")
+    bound = trainer.get("gradient_clip_val")
+    if bound is not None and not (type(bound) in (int, float) and bound > 0):
+        raise ConfigError(f"trainer.gradient_clip_val={bound}: expected a number above 0, or null to clip nothing")
+
+
+def check_validation(trainer: DictConfig, data: L.LightningDataModule) -> None:
+    """Refuse validations that lie beyond the end of an epoch, where they are counted within epochs."""
+    every = trainer.val_check_interval
+    if trainer.check_val_every_n_epoch is None or not isinstance(every, int):
+        return
+    batches = len(data.train_dataloader())
+    if every > batches:
+        raise ConfigError(
+            f"trainer.val_check_interval={every} is more than the {batches} batches of an epoch: choose fewer, or add"
+            " trainer.check_val_every_n_epoch=null to count on through epochs"
+        )
+
+
+def check_resume(config: DictConfig, path: Path, data: L.LightningDataModule) -> None:
+    """Refuse to go on from the checkpoint of other data, another router or another size of model.
+
+    Args:
+        config: of the run.
+        path: the checkpoint.
+        data: of the run, set up.
+    """
+    checkpoint = load_checkpoint(path)
+    there = OmegaConf.create(checkpoint["evomoe"]["config"])
+    keys = [*(f"model.{key}" for key in config.model if key not in FREE_KEYS), "router.gate._target_", "data._target_"]
+    for key in keys:
+        before, now = OmegaConf.select(there, key), OmegaConf.select(config, key)
+        if before != now:
+            raise ConfigError(
+                f"cannot resume from {path}: it was trained with {key}={before} and this run has {now}; restore it, or"
+                " start a new run with another run_name"
+            )
+    data.load_state_dict(checkpoint[type(data).__qualname__])  # Lightning would first load the weights, of other shapes

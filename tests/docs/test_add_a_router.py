@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.pages import Page, copy_project, run
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-PROJECT = Path(__file__).parents[2]
-PAGE = (PROJECT / "docs" / "add-a-router.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str) -> list[tuple[str, str]]:
-    """Code blocks of the page, as (path, code); the path stands behind the language, and is empty if there is none."""
-    return re.findall(rf"^```{language} ?([^\n]*)\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+PAGE = Page("add-a-router.md")
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project with what the page adds."""
-    root = tmp_path_factory.mktemp("project")
-    for folder in ("src", "configs", "tests"):
-        shutil.copytree(PROJECT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(PROJECT / "pyproject.toml", root)
+    root = copy_project(tmp_path_factory.mktemp("project"))
     written = []
-    for name, code in blocks("python") + blocks("yaml"):
+    for name, code in PAGE.blocks("python") + PAGE.blocks("yaml"):
         path = root / name
         if not path.exists():
             path.write_text(code, encoding="utf-8")
@@ -49,19 +37,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(arguments: list[str], project: Path) -> str:
-    """Standard output of a Python command in the copy, whose package comes before the installed one."""
-    environment = {**os.environ, "PYTHONPATH": str(project / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=project, env=environment, capture_output=True, text=True, timeout=250
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def commands(program: str) -> list[list[str]]:
     """Arguments of the page's command lines that call ``program``."""
-    lines = [line for _, code in blocks("bash") for line in code.splitlines()]
+    lines = [line for _, code in PAGE.blocks("bash") for line in code.splitlines()]
     return [shlex.split(line.removeprefix(program)) for line in lines if line.startswith(f"{program} ")]
 
 

@@ -188,7 +188,9 @@ def test_what_cannot_begin_is_refused_in_one_line(fine_tune, pretrained, tmp_pat
 @pytest.mark.parametrize("init_from", ["null", "last"])
 def test_text_without_labels_is_refused(tmp_path, init_from):
     config = compose("experiment=glue_dts", "data=docs", f"init_from={init_from}", run_dir=tmp_path)
-    with pytest.raises(ConfigError, match="^EmbeddedText has no labelled sentences: choose data=glue_files"):
+    with pytest.raises(
+        ConfigError, match="^the data are text, and task SequenceClassification reads labelled sentences"
+    ):
         run.train(config)
 
 

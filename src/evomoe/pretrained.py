@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from evomoe.callbacks import HeldEvolution
 from evomoe.checkpointing import load_checkpoint, newest_checkpoint
-from evomoe.data import LabelledDataModule, Tokenizer
+from evomoe.data import Tokenizer
 from evomoe.data.corpus import flatten
 from evomoe.errors import ConfigError
 from evomoe.models.roberta import Encoder
@@ -141,11 +141,6 @@ def find_pretrained(config: DictConfig, resume_from: Path | None) -> Pretrained 
         if config.init_from is not None:
             raise ConfigError(f"init_from={config.init_from} is for fine-tuning: use it with experiment=glue_dts")
         return None
-    if not issubclass(hydra.utils.get_class(config.data._target_), LabelledDataModule):
-        raise ConfigError(
-            f"{config.data._target_.rpartition('.')[2]} has no labelled sentences: choose data=glue_files,"
-            " data=hub_glue or data=docstring_packages"
-        )
     if resume_from is not None:
         checkpoint = load_checkpoint(resume_from)
         there = OmegaConf.create(checkpoint["evomoe"]["config"])

@@ -133,7 +133,7 @@ def test_a_layer_that_falls_to_one_expert_is_named(train, tmp_path, monkeypatch)
     """A gate of zeros, which nothing moves, breaks every tie in favour of the first expert."""
     told: list[str] = []
     monkeypatch.setattr("evomoe.callbacks.monitoring.routing_report.rank_zero_info", told.append)
-    still = ["router.gate.init=zeros", "task.optimization.learning_rate=1e-30"]
+    still = ["router.gate.init=zeros", "task.optimization.learning_rate=1e-60"]  # nothing in fp32
     train(tmp_path, *SETTING, *still, experiment="gpt_switch")
     assert told == [
         "block_1: in the last validation one of 4 experts had 100% of the tokens, so that the others hardly learn; more"

@@ -89,8 +89,8 @@ def test_without_a_logger_the_learning_rate_is_not_monitored(train, tmp_path):
     [
         (["model.num_experts=0"], "num_experts=0: expected at least 1"),
         (["model.num_experts=2.5"], "model.num_experts=2.5: expected a whole number"),
-        (["router=top2", "router.gate.top_k=9"], "top_k=9 with 4 experts"),
-        (["router.gate.final_top_k=9"], "top_k=9 with 4 experts"),
+        (["router=top2", "router.gate.top_k=9"], "router top_k=9: expected 1 to 4, the number of experts"),
+        (["router.gate.final_top_k=9"], "router final_top_k=9: expected 1 to 4, the number of experts"),
         (["model.d_model=33"], "d_model=33 is not divisible by num_heads=2"),
         (["model.moe_every=9"], "moe_every=9 leaves no MoE layer among num_layers=2"),
         (["model.moe_every=0"], "evolution needs a model with MoE layers: set evolution=none"),

@@ -218,7 +218,7 @@ def test_very_likely_nulls_leave_the_weights_of_the_others_alone():
     ("options", "message"),
     [
         ({"num_null": -1}, "router num_null=-1: expected 0 or more"),
-        ({"num_null": 2, "top_k": 7}, "top_k=7 with 6 experts: expected 1 <= top_k <= num_experts"),
+        ({"num_null": 2, "top_k": 7}, "router top_k=7: expected 1 to 6, the number of experts"),
         ({"top_k": 1}, "router top_k=1 gives the only choice weight 1 and the gate no gradient: expected 2 or more"),
         ({"renormalize": True}, "router renormalize=True is unknown: expected experts or all"),
         ({"null_output": "copy"}, "router null_output='copy' is unknown: expected zero or identity"),

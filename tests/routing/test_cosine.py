@@ -146,7 +146,7 @@ def test_the_hypersphere_has_half_as_many_dimensions_as_there_are_experts(expert
         ({"projection_dim": 0}, "router projection_dim=0: expected at least 1, or null for E / 2"),
         ({"temperature": 0.0}, "router temperature=0.0: expected a finite value of 0.01 or above"),
         ({"temperature": math.inf}, "router temperature=inf: expected a finite value of 0.01 or above"),
-        ({"top_k": 5}, "top_k=5 with 4 experts: expected 1 <= top_k <= num_experts"),
+        ({"top_k": 5}, "router top_k=5: expected 1 to 4, the number of experts"),
     ],
 )
 def test_errors_name_the_value_and_the_remedy(options, message):

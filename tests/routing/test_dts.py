@@ -308,7 +308,7 @@ def test_set_schedule_takes_effect_at_the_next_routing():
         ({"weights": "gumbel"}, "router weights='gumbel' is unknown: expected noisy or clean"),
         ({"hardened_weights": "soft"}, "router hardened_weights='soft' is unknown: expected noisy or clean"),
         ({"balance_probability": "all"}, "router balance_probability='all' is unknown: expected kept or full"),
-        ({"final_top_k": 5}, "top_k=5 with 4 experts: expected 1 <= top_k <= num_experts"),
+        ({"final_top_k": 5}, "router final_top_k=5: expected 1 to 4, the number of experts"),
         ({"init": "xavier"}, "gate init='xavier' is unknown: expected one of scaled, small, zeros, orthogonal"),
     ],
 )

@@ -255,7 +255,7 @@ def test_padding_changes_nothing_through_the_residual():
         ({"num_zero": -1}, "router num_zero=-1: expected 0 or more"),
         ({"num_constant": -2}, "router num_constant=-2: expected 0 or more"),
         ({"tau": 0.0}, "router tau=0.0: expected a share in (0, 1], the published value is 0.75"),
-        ({"top_k": 8}, "top_k=8 with 7 experts: expected 1 <= top_k <= num_experts"),
+        ({"top_k": 8}, "router top_k=8: expected 1 to 7, the number of experts"),
         (
             {"eval_capacity_factor": -1.0},
             "router eval_capacity_factor=-1.0: expected a finite factor above 0, or null for dropless routing",

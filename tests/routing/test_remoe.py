@@ -166,7 +166,7 @@ def test_a_toy_run_arrives_at_the_aim():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": 5}, "top_k=5 with 4 experts: expected 1 <= top_k <= num_experts"),
+        ({"top_k": 5}, "router top_k=5: expected 1 to 4, the number of experts"),
         ({"initial_lambda": 0.0}, "router initial_lambda=0.0: expected a value in [1e-10, 10000.0]"),
         ({"growth": 1.0}, "router growth=1.0: expected a finite factor above 1, the published one is 1.2"),
         ({"growth": math.inf}, "router growth=inf: expected a finite factor above 1, the published one is 1.2"),

@@ -196,7 +196,7 @@ def test_it_says_whether_it_looks_ahead(router, options, causal):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": 5}, "top_k=5 with 4 experts: expected 1 <= top_k <= num_experts"),
+        ({"top_k": 5}, "router top_k=5: expected 1 to 4, the number of experts"),
         ({"capacity_multiple": 0}, "router capacity_multiple=0: expected 1 or more; V-MoE rounds up to multiples of 4"),
         ({"pool": "image"}, "router pool='image' is unknown: expected one of sequence, batch, position"),
         ({"noise": -1.0}, "router noise=-1.0: expected 0 for none, or a finite value above it; V-MoE's is 1"),

@@ -110,8 +110,8 @@ def test_against_mixtral_of_transformers(top_k):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": 0}, "top_k=0 with 4 experts: expected 1 <= top_k <= num_experts"),
-        ({"top_k": 5}, "top_k=5 with 4 experts: expected 1 <= top_k <= num_experts"),
+        ({"top_k": 0}, "router top_k=0: expected 1 to 4, the number of experts"),
+        ({"top_k": 5}, "router top_k=5: expected 1 to 4, the number of experts"),
         ({"priority": "score"}, "router priority='score' is unknown: expected one of token, choice, best"),
         ({"top_k": 1}, "router renormalize=true with top_k=1 leaves the gate without gradient: set renormalize=false"),
         ({"jitter": -0.1}, "router jitter=-0.1: expected a value in [0, 1), the published one is 0.01"),

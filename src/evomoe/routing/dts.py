@@ -74,7 +74,7 @@ class DTSGate(Router):
                 raise ConfigError(f"router {name}={value!r} is unknown: expected noisy or clean")
         if balance_probability not in ("kept", "full"):
             raise ConfigError(f"router balance_probability={balance_probability!r} is unknown: expected kept or full")
-        check_top_k(final_top_k, num_experts)
+        check_top_k(final_top_k, num_experts, "final_top_k")
         self.threshold = threshold
         self.weights = weights
         self.hardened_weights = hardened_weights or weights

@@ -188,10 +188,10 @@ def mask_padding(scores: Tensor, valid: Tensor | None) -> Tensor:
     return scores if valid is None else scores * valid[:, None]
 
 
-def check_top_k(top_k: int, num_experts: int) -> None:
+def check_top_k(top_k: int, num_experts: int, name: str = "top_k") -> None:
     """Refuse a number of experts per token that cannot be had."""
     if not 1 <= top_k <= num_experts:
-        raise ConfigError(f"top_k={top_k} with {num_experts} experts: expected 1 <= top_k <= num_experts")
+        raise ConfigError(f"router {name}={top_k}: expected 1 to {num_experts}, the number of experts")
 
 
 def check_renormalize(renormalize: bool, top_k: int, num_experts: int) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers.programs import compose
+from helpers.programs import CONFIGS, compose
 
 from evomoe.checks import check_accelerator, check_parts, check_share, check_trainer
 from evomoe.errors import ConfigError
+from evomoe.tasks import LanguageModeling, MoETask
 
 PAIRS = [
     (["experiment=gpt_switch", "model=roberta_tiny"], "the model is a RoBERTa, and task LanguageModeling trains a GPT"),
@@ -38,11 +39,35 @@ def test_parts_that_are_made_for_others_are_refused(overrides, message):
         check_parts(compose(*overrides, run_dir=Path("run")))
 
 
-@pytest.mark.parametrize("experiment", ["gpt_dts", "mlm_dts", "mt_dts", "glue_dts", "vit_dts"])
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml")))
 def test_the_parts_of_an_experiment_go_together(experiment):
-    config = compose(f"experiment={experiment}", run_dir=Path("run"))
+    config = compose(f"experiment={experiment}", "trainer.accelerator=auto", run_dir=Path("run"))
     check_parts(config)
     check_trainer(config.trainer)
+
+
+class Inheriting(LanguageModeling):
+    """Says nothing of its model itself."""
+
+
+class Open(MoETask):
+    """Takes any network."""
+
+
+def test_a_task_of_the_users_own_is_judged_by_what_it_says():
+    config = compose("experiment=gpt_switch", "model=roberta_tiny", run_dir=Path("run"))
+    config.task._target_ = f"{__name__}.Inheriting"
+    with pytest.raises(ConfigError, match="the model is a RoBERTa, and task Inheriting trains a GPT"):
+        check_parts(config)
+    config.task._target_ = f"{__name__}.Open"
+    check_parts(config)
+
+
+def test_a_class_that_cannot_be_imported_is_named():
+    config = compose("experiment=gpt_switch", run_dir=Path("run"))
+    config.task._target_ = "evomoe.tasks.LanguageModelling"
+    with pytest.raises(ConfigError, match=r"^task\._target_=evomoe\.tasks\.LanguageModelling cannot be imported: "):
+        check_parts(config)
 
 
 @pytest.mark.parametrize(

@@ -349,3 +349,14 @@ def test_a_wrong_word_ends_the_program_before_it_begins(monkeypatch, capsys):
         run_main(lambda config: pytest.fail("was called"), CONFIGS, "eval")
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("error: splitt=val: there is no key 'splitt'")
+
+
+def test_what_a_target_refuses_is_one_line():
+    with pytest.raises(ConfigError, match=r"^trainer \(Trainer\): Precision 'fp8' is invalid"):
+        instantiate(OmegaConf.create({"trainer": {"_target_": "lightning.Trainer", "precision": "fp8"}}).trainer)
+
+
+def test_a_value_that_the_data_do_not_fill_is_named():
+    node = OmegaConf.create({"model": {"_target_": "evomoe.routing.TopK", "d_model": "???", "num_experts": 2}}).model
+    with pytest.raises(ConfigError, match=r"^model\.d_model has no value: choose"):
+        instantiate(node)

@@ -55,6 +55,16 @@ def test_what_is_written_begins_with_the_prompt_and_is_printed_unchanged(trained
     assert re.sub(r"[\a\b\v\f\r]", "", text) in capsys.readouterr().out  # control codes do not reach the terminal
 
 
+def test_tabs_are_printed_as_they_are_and_bells_not(capsys):
+    writing._print("all:\n\tmake\a\r")
+    assert capsys.readouterr().out == "all:\n\tmake\n"
+
+
+def test_a_device_that_cannot_be_used_is_one_line(trained):
+    with pytest.raises(ConfigError, match=r"^device=cudda cannot be used \(.*\): use device=cpu"):
+        write(trained, "prompt=a", "device=cudda")
+
+
 def test_several_prompts_are_continued_each_by_itself(trained):
     both = write(trained, 'prompt=["The value ","If "]', "seed=3")
     assert [both[0][:10], both[1][:3]] == ["The value ", "If "]

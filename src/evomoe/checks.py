@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import hydra
 import lightning as L
@@ -11,6 +12,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from omegaconf import DictConfig, OmegaConf
 
 from evomoe.checkpointing import load_checkpoint
+from evomoe.cli import annotations_of
 from evomoe.errors import ConfigError
 from evomoe.restoring import FREE_KEYS
 
@@ -26,9 +28,10 @@ def check_parts(config: DictConfig) -> None:
     Raises:
         ConfigError: naming the two that do not go together.
     """
-    task, model, data = (hydra.utils.get_class(config[group]._target_) for group in ("task", "model", "data"))
-    wanted = get_type_hints(vars(task).get("__init__", object)).get("model")
-    if isinstance(wanted, type) and isinstance(model, type) and not issubclass(model, wanted):
+    task, model, data = (_class_of(config, group) for group in ("task", "model", "data"))
+    wanted: Any = annotations_of(config.task._target_).get("model")
+    is_class = isinstance(wanted, type) and not getattr(wanted, "_is_protocol", False)
+    if is_class and isinstance(model, type) and not issubclass(model, wanted):
         raise ConfigError(
             f"the model is a {model.__name__}, and task {task.__name__} trains a {wanted.__name__}: choose a model and"
             " a task that go together, as one experiment has them"
@@ -39,6 +42,14 @@ def check_parts(config: DictConfig) -> None:
             f"the data are {holds}, and task {task.__name__} reads {reads}: choose data and a task that go together, as"
             " one experiment has them"
         )
+
+
+def _class_of(config: DictConfig, group: str) -> Any:
+    try:
+        return hydra.utils.get_class(config[group]._target_)
+    except Exception as error:  # whatever importing a module of a user raises
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"{group}._target_={config[group]._target_} cannot be imported: {reason}") from error
 
 
 def check_accelerator(key: str, accelerator: Any, remedy: str) -> None:
@@ -75,6 +86,8 @@ def check_validation(trainer: DictConfig, data: L.LightningDataModule) -> None:
     if trainer.check_val_every_n_epoch is None or not isinstance(every, int):
         return
     batches = len(data.train_dataloader())
+    if isinstance(trainer.devices, int):  # before the processes exist, the loader counts for all of them
+        batches //= max(trainer.devices, 1) * trainer.get("num_nodes", 1)
     if every > batches:
         raise ConfigError(
             f"trainer.val_check_interval={every} is more than the {batches} batches of an epoch: choose fewer, or add"
@@ -92,12 +105,19 @@ def check_resume(config: DictConfig, path: Path, data: L.LightningDataModule) ->
     """
     checkpoint = load_checkpoint(path)
     there = OmegaConf.create(checkpoint["evomoe"]["config"])
-    keys = [*(f"model.{key}" for key in config.model if key not in FREE_KEYS), "router.gate._target_", "data._target_"]
+    _check_equal(path, there, config, ["data._target_"])
+    # Before Lightning would load the weights, whose shapes follow from the data.
+    if state := checkpoint.get(type(data).__qualname__):
+        data.load_state_dict(state)
+    keys = [f"model.{key}" for key in config.model if key not in FREE_KEYS]
+    _check_equal(path, there, config, [*keys, "router.gate._target_"])
+
+
+def _check_equal(path: Path, there: DictConfig, here: DictConfig, keys: Sequence[str]) -> None:
     for key in keys:
-        before, now = OmegaConf.select(there, key), OmegaConf.select(config, key)
+        before, now = OmegaConf.select(there, key), OmegaConf.select(here, key)
         if before != now:
             raise ConfigError(
                 f"cannot resume from {path}: it was trained with {key}={before} and this run has {now}; restore it, or"
                 " start a new run with another run_name"
             )
-    data.load_state_dict(checkpoint[type(data).__qualname__])  # Lightning would first load the weights, of other shapes

@@ -304,7 +304,7 @@ def check_types(node: Any) -> None:
     """
     if not isinstance(node, DictConfig):
         return
-    expected = _annotations(node["_target_"]) if "_target_" in node else {}
+    expected = annotations_of(node["_target_"]) if "_target_" in node else {}
     for name in node:
         if OmegaConf.is_missing(node, name):
             continue
@@ -322,7 +322,7 @@ def check_types(node: Any) -> None:
             raise ConfigError(f"{node._get_full_key(name)}={value}: expected {_words(expected[name])}")
 
 
-def _annotations(target: str) -> dict[str, Any]:
+def annotations_of(target: str) -> dict[str, Any]:
     """Types of the arguments of a class, with those handed on to its base classes and ``options_class``."""
     called = hydra.utils.get_class(target)
     annotations: dict[str, Any] = {}
@@ -368,7 +368,8 @@ def _explain_target(error: InstantiationException) -> str:
     cause = error.__cause__
     # By name, as importing Lightning takes seconds.
     if key and (isinstance(cause, ValueError) or type(cause).__name__ == "MisconfigurationException"):
-        return f"{key[1]}: {' '.join(str(cause).split())}"
+        name = re.sub(r".*target '[\w.]*?(\w+)'.*", r"\1", text)
+        return f"{key[1]} ({name}): {' '.join(str(cause).split())}"
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     target = re.search(r"target '([\w.]+)'", text)
     if not unknown or not target:

@@ -143,6 +143,14 @@ def test_a_changed_recipe_is_refused_before_anything_runs():
     [
         (["experiments=[gpt_switch,gpt_dst]"], "gpt_dst: experiment=gpt_dst does not exist; did you mean 'gpt_dts'?"),
         ([METHODS, "overrides=trainer.max_step=3"], "gpt_dts: trainer.max_step=3: there is no key 'trainer.max_step'"),
+        ([METHODS, "overrides=model=vit_tiny"], "gpt_dts: the model is a ViT, and task LanguageModeling trains a GPT"),
+        ([METHODS, "overrides=data=locale_pairs"], "gpt_dts: the data are sentence pairs, and task LanguageModeling"),
+        (
+            [METHODS, "overrides=data=text_files"],
+            'gpt_dts: data.train is missing: add data.train=... within overrides="',
+        ),
+        ([METHODS, "overrides=data=text_files data.train=no.txt"], "gpt_dts: data.train=no.txt is no file and matches"),
+        ([METHODS, "overrides=trainer.gradient_clip_val=0"], "gpt_dts: trainer.gradient_clip_val=0: expected a number"),
     ],
 )
 def test_a_word_that_no_run_would_understand_is_refused_before_anything_runs(overrides, message):

@@ -77,7 +77,8 @@ REFUSED = [
     (["experiments=[]"], "experiments=[] is empty: expected names"),
     (["experiments=gpt_dts"], "experiments=gpt_dts is no list: expected names in brackets"),
     (["experiments=[gpt_dts]"], "reference=gpt_switch is not among the methods compared"),
-    ([TWO, "reference=gpt_dst"], "reference=gpt_dst is not among the methods compared: is 'gpt_dts' a slip?"),
+    ([TWO, "reference=gpt_dst"], "reference=gpt_dst is not among the methods compared: choose one of them, as in ref"),
+    (["experiments=[mt_dts,mt_switch]"], "reference=gpt_switch is not among the methods compared: choose one of them,"),
     (
         [TWO, "reference=x"],
         "reference=x is not among the methods compared: choose one of them, as in reference=gpt",

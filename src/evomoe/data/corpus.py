@@ -67,10 +67,10 @@ class HoldOut:
     Args:
         missing: The splits to take out, of `val` and `test`.
         fraction: Expected share of the training pieces that each of them gets, above 0 and at most 0.25.
-        source: What a user can give for a split instead, in capitals.
+        source: What a user can give for a split instead, in capitals; None where there is no way to give one.
     """
 
-    def __init__(self, missing: Iterable[str], fraction: float, source: str = "FILE") -> None:
+    def __init__(self, missing: Iterable[str], fraction: float, source: str | None = "FILE") -> None:
         self.missing = tuple(missing)
         self.fraction = fraction
         self.source = source
@@ -105,7 +105,8 @@ class HoldOut:
             return None
         name = {"val": "validation", "test": "test"}[split if split in self.missing else self.missing[0]]
         given = " ".join(f"data.{missing}={self.source}" for missing in self.missing)
-        return f"the training text is too short to hold out a {name} split: give more text, or {given}"
+        instead = "" if self.source is None else f", or {given}"
+        return f"the training text is too short to hold out a {name} split: give more text{instead}"
 
     def split_of(self, text: str) -> str:
         """Return the split that a text of the training data belongs to."""

@@ -105,7 +105,7 @@ def _bear(
             parts = len(units) if name.endswith("_in") else len(source)  # swiglu holds two matrices in one
             halves = zip(source.split(parts), chosen.split(parts), strict=True)
             value = torch.cat([_redraw(half, mask, generator) for half, mask in halves])
-            keep = keep * ~chosen
+            keep = (value == source).to(source.dtype)
         child[name].copy_(value)
         if optimizer is not None and source in optimizer.state:
             optimizer.state[child[name]] = {

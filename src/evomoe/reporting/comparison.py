@@ -83,7 +83,7 @@ def _run_missing(pool: Pool, runs: Iterable[Run], configs: Path) -> list[Failure
     for run in {run.label: run for run in missing}.values():
         try:
             config = check_overrides([*run.overrides, f"hydra.run.dir={run.folder}"], configs, "train")
-            check_missing(config)
+            _check_missing(config)
             check_parts(config)
             check_trainer(config.trainer)
             instantiate(config.data)  # looks for its files
@@ -94,6 +94,13 @@ def _run_missing(pool: Pool, runs: Iterable[Run], configs: Path) -> list[Failure
     elif runs:
         pool.say(f"nothing to run: all {len(runs)} runs are finished")
     return pool.run(runs)
+
+
+def _check_missing(config: DictConfig) -> None:
+    try:
+        check_missing(config)
+    except ConfigError as error:
+        raise ConfigError(f'{error} within overrides="..."') from None
 
 
 def _of_budgets(comparison: Comparison, equal: Runs) -> dict[str, Runs]:

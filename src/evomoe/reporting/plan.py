@@ -76,8 +76,8 @@ class Comparison:
         seeds: of which each method has a run.
         budgets: of ``steps``, ``flops`` and ``seconds``, those to report.
         overrides: common to all runs; those of a method come after them.
-        tolerance: share by which FLOPs or seconds of a run of equal steps may differ from the reference's for it to
-            count as a run of equal FLOPs or seconds.
+        tolerance: share by which FLOPs or seconds of a run may differ from the reference's for it to count as a run of
+            equal FLOPs or seconds.
         clock: ``cpu`` or ``wall``, what measures seconds.
         columns: further metrics for the table: of the test, such as ``test/bleu``, or of the routers before the last
             validation, such as ``off_node``.
@@ -136,9 +136,11 @@ def read_comparison(config: DictConfig) -> Comparison:
     methods = _read_methods(values["experiments"])
     labels = [method.label for method in methods]
     if values["reference"] not in labels:
-        misspelt = difflib.get_close_matches(str(values["reference"]), labels, n=1, cutoff=0.8)
-        remedy = f"is {misspelt[0]!r} a slip?" if misspelt else f"choose one of them, as in reference={labels[0]}"
-        raise ConfigError(f"reference={values['reference']} is not among the methods compared: {remedy}")
+        near = (*difflib.get_close_matches(str(values["reference"]), labels, n=1), labels[0])[0]
+        raise ConfigError(
+            f"reference={values['reference']} is not among the methods compared: choose one of them, as in"
+            f" reference={near}"
+        )
     seeds = values["seeds"] if isinstance(values["seeds"], list) else [values["seeds"]]
     if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
         raise ConfigError(f"seeds={_shown(seeds)}: expected different whole numbers, as in seeds=[1,2,3]")

@@ -93,8 +93,8 @@ def check_recipe(run: Run) -> None:
     nothing = "nothing in its place"
     what = f"{there or nothing} there, {here or nothing} here" if there or here else "the same in another order"
     raise ConfigError(
-        f"{run.folder} holds a run of another recipe ({what}): choose another name= for this comparison, or remove the"
-        " folder"
+        f"{run.folder} holds a run of another recipe ({what}): choose another name= for this comparison, or another"
+        " paths.runs= if it shares its runs with others, or remove the folder"
     )
 
 

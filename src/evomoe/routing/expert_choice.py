@@ -102,7 +102,7 @@ class ExpertChoice(Router):
 
     def _rank_and_weigh(self, pooled: Pooled) -> tuple[Tensor, Tensor]:
         """What the experts order the tokens by, and the combine weights, ``(G, n, E)`` each."""
-        return pooled.probabilities, pooled.probabilities
+        return F.log_softmax(pooled.logits, dim=2), pooled.probabilities  # which may underflow, or saturate, to ties
 
     def _places(self, valid: Tensor) -> Tensor:
         """C of each pool, ``(G, 1)`` int64."""

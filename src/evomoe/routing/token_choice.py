@@ -98,7 +98,7 @@ class SoftmaxTokenChoice(TopK):
             self.priority,
             self.pool,
             self.capacity_multiple,
-            confidence=weight.amax(dim=1),
+            confidence=weight[:, 0],
         )
         routing = make_routing(inputs, assignments, F.softmax(logits, dim=1), wanted)
         return (

@@ -192,10 +192,11 @@ class SafeCheckpoint(Checkpoint):
     def _new_best(self, trainer: L.Trainer) -> checkpointing.Best | None:
         """The present step if its metric beats the best so far; rank 0 decides for all."""
         if self.monitor not in trainer.callback_metrics:
-            logged = (
-                ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/"))) or "nothing"
+            names = sorted(trainer.callback_metrics)
+            logged = [name for name in names if name.startswith("val/")] or names or ["none"]
+            raise ConfigError(
+                f"callbacks.checkpoint.monitor={self.monitor} is not measured: expected one of {', '.join(logged)}"
             )
-            raise ConfigError(f"callbacks.checkpoint.monitor={self.monitor} is not measured: expected one of {logged}")
         value = trainer.callback_metrics[self.monitor].item()
         best = checkpointing.read_best(self.run_dir) if trainer.is_global_zero else None
         sign = 1 if self.mode == "min" else -1

@@ -8,15 +8,13 @@ from typing import Any
 
 import hydra
 import lightning as L
-from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
+from lightning.pytorch.accelerators import AcceleratorRegistry, CUDAAccelerator, MPSAccelerator
 from omegaconf import DictConfig, OmegaConf
 
 from evomoe.checkpointing import load_checkpoint
 from evomoe.cli import annotations_of
 from evomoe.errors import ConfigError
 from evomoe.restoring import FREE_KEYS
-
-ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu", "hpu")
 
 
 def check_parts(config: DictConfig) -> None:
@@ -54,7 +52,7 @@ def _class_of(config: DictConfig, group: str) -> Any:
 
 def check_accelerator(key: str, accelerator: Any, remedy: str) -> None:
     """Refuse an accelerator that does not exist, or a GPU that is not there."""
-    if isinstance(accelerator, str) and accelerator not in ACCELERATORS:
+    if isinstance(accelerator, str) and accelerator not in {"auto", "gpu", *AcceleratorRegistry}:
         raise ConfigError(f"{key}={accelerator} is unknown: expected cpu, gpu or auto")
     if accelerator in ("gpu", "cuda") and not (CUDAAccelerator.is_available() or MPSAccelerator.is_available()):
         raise ConfigError(f"{key}={accelerator}: no GPU is found here; use {remedy}")

@@ -364,15 +364,15 @@ def _words(annotation: Any) -> str:
 
 def _explain_target(error: InstantiationException) -> str:
     text = " ".join(str(error).split())
-    key = re.search(r"full_key: ([\w.]+)", text)
+    key, target = re.search(r"full_key: ([\w.]+)", text), re.search(r"target '([\w.]+)'", text)
+    if target is None:
+        return text
     cause = error.__cause__
     # By name, as importing Lightning takes seconds.
     if key and (isinstance(cause, ValueError) or type(cause).__name__ == "MisconfigurationException"):
-        name = re.sub(r".*target '[\w.]*?(\w+)'.*", r"\1", text)
-        return f"{key[1]} ({name}): {' '.join(str(cause).split())}"
+        return f"{key[1]} ({target[1].rpartition('.')[2]}): {' '.join(str(cause).split())}"
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
-    target = re.search(r"target '([\w.]+)'", text)
-    if not unknown or not target:
+    if unknown is None:
         return text
     known = []
     if target[1].endswith(f".{unknown[1]}"):  # else the target called a factory, whose arguments are not at hand

@@ -61,4 +61,4 @@ def ready(folder: Path, **options: Any) -> PairFiles:
 def read(corpus: PairCorpus, split: str) -> list[Pair]:
     """Read a split without a bar."""
     with Progress(disable=True) as progress:
-        return list(corpus.pairs(split, progress))
+        return list(corpus.items(split, progress))

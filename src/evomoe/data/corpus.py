@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from rich.progress import Progress
 
@@ -142,3 +142,39 @@ class SplitCorpus(ABC):
     def notes(self) -> dict[str, int]:
         """Return counts worth keeping about the reading, such as skipped files; complete once every split is read."""
         return {}
+
+
+class ItemCorpus(SplitCorpus, Generic[Item]):
+    """A corpus of items of one text or several, such as pairs of sentences; one with a blank text is left out."""
+
+    kind: ClassVar[str]
+    """What the items are, for the notes."""
+
+    def __init__(self) -> None:
+        self._blank = dict.fromkeys(SPLITS, 0)
+
+    @abstractmethod
+    def _read(self, split: str, progress: Progress) -> Iterator[Item]:
+        """Read a split from its start, blank texts included."""
+
+    @abstractmethod
+    def _texts(self, item: Item) -> Iterable[str]:
+        """Return the texts of an item."""
+
+    def items(self, split: str, progress: Progress) -> Iterator[Item]:
+        """Read a split from its start, without the items of which a text is blank.
+
+        Args:
+            split: One of `SPLITS`.
+            progress: Where the reading is shown.
+        """
+        self._blank[split] = 0
+        for item in self._read(split, progress):
+            if all(text.strip() for text in self._texts(item)):
+                yield item
+            else:
+                self._blank[split] += 1
+
+    def notes(self) -> dict[str, int]:
+        """Return how many items were left out, by split; complete once every split is read."""
+        return {f"blank {self.kind} left out of {split}": count for split, count in self._blank.items() if count}

@@ -18,7 +18,7 @@ FILLER = "which is long enough to be worth a row of the corpus, and says what it
 
 def read(corpus: DocstringOrigin) -> dict[str, list[Row]]:
     with Progress(disable=True) as progress:
-        return {split: list(corpus.rows(split, progress)) for split in SPLITS}
+        return {split: list(corpus.items(split, progress)) for split in SPLITS}
 
 
 @pytest.fixture

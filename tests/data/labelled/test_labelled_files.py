@@ -24,7 +24,7 @@ AUTO = ColumnChoice(None, None, None)
 
 def read(corpus: LabelledCorpus, split: str = "train") -> list[tuple[str, str | None, str]]:
     with Progress(disable=True) as progress:
-        return [row[:3] for row in corpus.rows(split, progress)]
+        return [row[:3] for row in corpus.items(split, progress)]
 
 
 def files(path: Path, columns: ColumnChoice = AUTO, **options) -> LabelledFiles:

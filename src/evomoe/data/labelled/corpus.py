@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
-from rich.progress import Progress
-
-from evomoe.data.corpus import SPLITS, SplitCorpus
+from evomoe.data.corpus import ItemCorpus
 from evomoe.errors import ConfigError
 
 
@@ -100,37 +97,16 @@ class ColumnChoice:
         return names
 
 
-class LabelledCorpus(SplitCorpus):
+class LabelledCorpus(ItemCorpus[Row]):
     """Labelled sentences in three splits, `train`, `val` and `test`."""
 
     contents = "labelled sentence"
     remedy = "give data with some"
+    kind = "rows"
 
-    def __init__(self) -> None:
-        self._blank = dict.fromkeys(SPLITS, 0)
-
-    @abstractmethod
-    def _read(self, split: str, progress: Progress) -> Iterator[Row]:
-        """Read a split from its start, blank sentences included."""
-
-    def rows(self, split: str, progress: Progress) -> Iterator[Row]:
-        """Read a split from its start, without the rows of which a sentence is blank.
-
-        Args:
-            split: One of `SPLITS`.
-            progress: Where the reading is shown.
-        """
-        self._blank[split] = 0
-        for row in self._read(split, progress):
-            if row.first.strip() and (row.second is None or row.second.strip()):
-                yield row
-            else:
-                self._blank[split] += 1
+    def _texts(self, item: Row) -> Iterable[str]:
+        return [item.first] if item.second is None else [item.first, item.second]
 
     def classes(self) -> list[str] | None:
         """Return the names of the classes in an order that the data give; None if they give none. Known once read."""
         return None
-
-    def notes(self) -> dict[str, int]:
-        """Return how many rows were left out because a sentence is blank, by split; complete once all are read."""
-        return {f"blank rows left out of {split}": count for split, count in self._blank.items() if count}

@@ -90,12 +90,12 @@ class LabelledStore(Store):
         regression: bool = False,
     ) -> tuple[Tokenizer, dict[str, Any]]:
         if tokenizer is None:
-            rows = corpus.rows("train", progress)
+            rows = corpus.items("train", progress)
             tokenizer = Tokenizer.train((text for row in rows for text in (row.first, row.second) if text), vocab_size)
         classes = None if regression else _classes(corpus, progress)
         pairs = {}
         for split in SPLITS:
-            encoded = _encode(corpus.rows(split, progress), tokenizer, classes)
+            encoded = _encode(corpus.items(split, progress), tokenizer, classes)
             if len(encoded) == 0:
                 raise ConfigError(corpus.explain_empty(split))
             for part in ("ids", "ends", "labels"):
@@ -120,7 +120,7 @@ def order_classes(labels: set[str], given: list[str] | None = None) -> list[str]
 
 
 def _classes(corpus: LabelledCorpus, progress: Progress) -> list[str]:
-    found = {row.label for row in corpus.rows("train", progress)}
+    found = {row.label for row in corpus.items("train", progress)}
     classes = order_classes(found, corpus.classes())
     if not classes:
         raise ConfigError(corpus.explain_empty("train"))

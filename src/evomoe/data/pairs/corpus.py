@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property, partial
 from itertools import zip_longest
 from operator import attrgetter
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 from rich.progress import Progress
 
-from evomoe.data.corpus import SPLITS, HoldOut, SplitCorpus, track
+from evomoe.data.corpus import SPLITS, HoldOut, ItemCorpus, track
 from evomoe.data.hub import HubDataset
 from evomoe.data.text.files import digest, lines
 from evomoe.errors import ConfigError
@@ -27,7 +26,7 @@ class Pair(NamedTuple):
     target: str
 
 
-class PairCorpus(SplitCorpus):
+class PairCorpus(ItemCorpus[Pair]):
     """Sentence pairs in three splits, `train`, `val` and `test`.
 
     Args:
@@ -37,35 +36,17 @@ class PairCorpus(SplitCorpus):
 
     contents = "pair of sentences"
     remedy = "give files with text"
+    kind = "pairs"
 
     def __init__(self, source: str, target: str) -> None:
+        super().__init__()
         if source == target:
             raise ConfigError(f"data.source={source} and data.target={target} are one language: give two")
         self.source = source
         self.target = target
-        self._skipped = dict.fromkeys(SPLITS, 0)
 
-    @abstractmethod
-    def _read(self, split: str, progress: Progress) -> Iterator[Pair]:
-        """Read a split from its start, blank sentences included."""
-
-    def pairs(self, split: str, progress: Progress) -> Iterator[Pair]:
-        """Read a split from its start, without the pairs of which a side is blank.
-
-        Args:
-            split: One of `SPLITS`.
-            progress: Where the reading is shown.
-        """
-        self._skipped[split] = 0
-        for pair in self._read(split, progress):
-            if pair.source.strip() and pair.target.strip():
-                yield pair
-            else:
-                self._skipped[split] += 1
-
-    def notes(self) -> dict[str, int]:
-        """Return how many pairs were skipped because a side is blank, by split; complete once every split is read."""
-        return {f"blank pairs left out of {split}": count for split, count in self._skipped.items() if count}
+    def _texts(self, item: Pair) -> Iterable[str]:
+        return item
 
 
 class ParallelFiles(PairCorpus):

@@ -107,12 +107,12 @@ class PairStore(Store):
         tokenizer: Tokenizer | None,
     ) -> tuple[Tokenizer, dict[str, Any]]:
         if tokenizer is None:
-            sample = islice(corpus.pairs("train", progress), _SAMPLED_PAIRS)
+            sample = islice(corpus.items("train", progress), _SAMPLED_PAIRS)
             tokenizer = Tokenizer.train((text for pair in sample for text in pair), vocab_size)
         dtype = id_dtype(tokenizer)
         counts = {}
         for split in SPLITS:
-            count = _encode(corpus.pairs(split, progress), tokenizer, draft, split, dtype)
+            count = _encode(corpus.items(split, progress), tokenizer, draft, split, dtype)
             if count.pairs == 0:
                 raise ConfigError(corpus.explain_empty(split))
             counts[split] = asdict(count)

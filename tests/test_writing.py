@@ -102,7 +102,7 @@ def test_hidden_words_are_guessed(train, tmp_path, capsys):
         writing.write(compose(*ask, 'prompt="Return"', config="generate"))
 
 
-def test_sentences_are_translated(train, tmp_path, capsys):
+def test_sentences_are_translated(train, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "mt" / "run"
     values, _ = train(folder, *PLAIN[:2], "trainer.max_steps=4", "trainer.val_check_interval=4", experiment="mt_dts")
     assert {"test/bleu", "test/chrf", "test/exact_match", "val/bleu", "val/loss_sparse"} <= values.keys()
@@ -118,8 +118,14 @@ def test_sentences_are_translated(train, tmp_path, capsys):
     assert capsys.readouterr().out.split("\n")[:-1] == all_at_once
     assert all_at_once == translate(f"source_file={tmp_path / 'in.txt'}", "batch_size=1")
     assert all_at_once[1] == translate('source="If it is, print"')[0]
+    best = translate(f"source_file={tmp_path / 'in.txt'}", "n_best=2")
+    listed = re.findall(r"^(\d) \|\|\| (.*?) \|\|\| (-\d+\.\d{3})$", capsys.readouterr().out, re.MULTILINE | re.DOTALL)
+    assert [number for number, _, _ in listed] == ["0", "0", "1", "1", "2", "2"]
+    assert [text for _, text, _ in listed[::2]] == best
+    assert all(float(first[2]) >= float(second[2]) for first, second in zip(listed[::2], listed[1::2], strict=True))
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # a terminal, for rich
     translate("source=The", "n_best=2")
-    assert len(re.findall(r"-\d+\.\d{3}", capsys.readouterr().out)) == 2
+    assert len(re.findall(r"│ -\d+\.\d{3} ", capsys.readouterr().out)) == 2
 
     (tmp_path / "gap.txt").write_text("one\n\ntwo\n")
     for overrides, message in [

@@ -142,7 +142,7 @@ def _continue(restored: Restored, config: DictConfig) -> list[str]:
 
 
 def _translate(restored: Restored, config: DictConfig) -> list[str]:
-    """Print the translations, a line for each; or a table for each if several are asked for."""
+    """Print the translations, a line for each; or a table for each, in a file lines, if several are asked for."""
     if config.prompt is not None:
         raise ConfigError(f"prompt is for a model that writes on, and {restored.path} translates: give source")
     if (config.source is None) == (config.source_file is None):
@@ -186,11 +186,14 @@ def _translate(restored: Restored, config: DictConfig) -> list[str]:
         best.append(texts[0])
         if config.n_best == 1:
             _print(texts[0])
-            continue
-        table = Table("score", "translation", title=source)
-        for hypothesis, text in zip(found[number], texts, strict=True):
-            table.add_row(f"{hypothesis.score:.3f}", text)
-        console.print(table)
+        elif console.is_terminal:
+            table = Table("score", "translation", title=source)
+            for hypothesis, text in zip(found[number], texts, strict=True):
+                table.add_row(f"{hypothesis.score:.3f}", text)
+            console.print(table)
+        else:  # for other programs, as Moses writes its n-best lists
+            for hypothesis, text in zip(found[number], texts, strict=True):
+                _print(f"{number} ||| {text} ||| {hypothesis.score:.3f}")
     return best
 
 

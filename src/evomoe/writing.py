@@ -182,7 +182,8 @@ def _translate(restored: Restored, config: DictConfig) -> list[str]:
     console = Console(highlight=False, markup=False, emoji=False)
     best = []
     for number, source in enumerate(sources):
-        texts = [tokenizer.decode(hypothesis.tokens) for hypothesis in found[number]]
+        # A line feed inside a translation would be read as its end.
+        texts = [" ".join(tokenizer.decode(hypothesis.tokens).split("\n")) for hypothesis in found[number]]
         best.append(texts[0])
         if config.n_best == 1:
             _print(texts[0])
@@ -191,7 +192,7 @@ def _translate(restored: Restored, config: DictConfig) -> list[str]:
             for hypothesis, text in zip(found[number], texts, strict=True):
                 table.add_row(f"{hypothesis.score:.3f}", text)
             console.print(table)
-        else:  # for other programs, as Moses writes its n-best lists
+        else:  # for other programs
             for hypothesis, text in zip(found[number], texts, strict=True):
                 _print(f"{number} ||| {text} ||| {hypothesis.score:.3f}")
     return best

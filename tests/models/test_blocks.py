@@ -85,6 +85,16 @@ def test_cache_keeps_the_selected_rows_and_shrinks_to_them() -> None:
     assert torch.equal(cache.values[0, :, :, :4], -keys[[2, 0]])
 
 
+def test_cache_takes_memory_as_its_rows_grow() -> None:
+    cache = cache_for(SelfAttention(4, 1), batch=1, capacity=40)
+    sizes = []
+    for _ in range(40):
+        cache.extend(1, None)
+        sizes.append(cache.keys.shape[3])
+    assert sizes == [16] * 16 + [32] * 16 + [40] * 8
+    assert cache.values.shape == cache.keys.shape
+
+
 def test_full_cache_is_an_error() -> None:
     cache = cache_for(SelfAttention(4, 1), batch=1, capacity=5)
     cache.extend(4, None)

@@ -169,6 +169,19 @@ def test_an_image_of_padding_changes_nothing(router, pool):
 
 
 @torch.no_grad()
+def test_attention_needs_no_mask(monkeypatch):
+    masks = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*parts, attn_mask=None, **options):
+        masks.append(attn_mask)
+        return attend(*parts, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", watched)
+    build().eval()(pictures(), valid=torch.tensor([True, True, False]))
+    assert masks and all(mask is None for mask in masks)  # a mask would rule the fastest kernels out
+
+
 def test_every_patch_sees_every_other_one():
     model = build(Switch)
     images = pictures(1).requires_grad_()

@@ -150,6 +150,7 @@ def test_gshard_counterexample_of_causality():
         (8, 4, 1, 1.25, 3),
         (1, 8, 1, 1.0, 1),
         (0, 8, 1, 1.0, 1),
+        (2**24 + 3, 1, 1, 1.0, 2**24 + 3),  # more than single precision counts
     ],
 )
 def test_capacity_is_rounded_up(tokens, experts, top_k, factor, places):

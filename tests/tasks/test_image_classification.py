@@ -96,6 +96,17 @@ def test_an_image_of_padding_is_not_counted():
     assert means[0] == pytest.approx(means[1])
 
 
+def test_predictions_are_the_logits_of_the_final_rule():
+    data, task = make_data(), make_task()
+    found = torch.cat(make_trainer().predict(task, data.test_dataloader()))
+    with torch.no_grad():
+        batches = [
+            task.eval().model(batch["images"], valid=batch["valid"], final_rule=True)[0]
+            for batch in data.test_dataloader()
+        ]
+    torch.testing.assert_close(found, torch.cat(batches))
+
+
 @pytest.mark.parametrize("router", [DTSGate, Switch, partial(ExpertChoice, pool="sequence")])
 def test_training_learns(router):
     task = make_task(router)

@@ -286,3 +286,11 @@ def test_an_infinite_auxiliary_loss_without_coefficient_poisons_nothing(monkeypa
     monkeypatch.setattr(task, "_cross_entropy", poisoned)
     monkeypatch.setattr(task, "log", lambda *_, **__: None)
     assert task.training_step(first_batch(), 0)["loss"].isfinite()
+
+
+def test_loaders_alone_are_validated_without_the_sizes_of_their_text():
+    data = Windows()
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    (values,) = L.Trainer(**options).validate(make_task(), data.val_dataloader(), verbose=False)
+    assert {"val/loss", "val/perplexity_sparse"} <= values.keys()
+    assert not {"val/perplexity_word", "val/bits_per_byte"} & values.keys()

@@ -24,3 +24,12 @@ def test_a_loss_that_is_no_number_is_not_left_out():
     values = means.compute()
     assert values["loss"].isnan()
     assert values["loss_sparse"] == 1
+
+
+def test_sums_stay_exact_where_the_weights_become_half():
+    means = RuleMeans("loss").to(torch.bfloat16)
+    means.reset()
+    for _ in range(1000):
+        batch = {"loss": torch.tensor(4.0 * 4096, dtype=torch.float32)}
+        means.update(4096, batch, batch)
+    assert means.compute()["loss"] == 4

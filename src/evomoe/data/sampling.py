@@ -70,7 +70,8 @@ class TrainingSampler(DistributedSampler[Any]):
         epoch, batch = divmod(self.position, self.batches)
         start = batch * self.batch_size
         yield from self.order(epoch)[start:]
-        yield from self.order(epoch + 1)[:start]
+        if start:
+            yield from self.order(epoch + 1)[:start]
 
     def order(self, epoch: int) -> list[Any]:
         """Return what this process takes in an epoch, a pure function of its arguments."""
@@ -83,9 +84,10 @@ class TrainingSampler(DistributedSampler[Any]):
 
 
 class EvaluationSampler(DistributedSampler[int]):
-    """Items in order, shared out one by one; every rank gets equally many, the last perhaps beyond the end.
+    """Items in an order drawn once for all, shared out one by one; every rank gets equally many, the last padding.
 
-    Equal numbers matter: a rank that stops early would leave the others waiting in the collectives of the model.
+    Drawn, so that the few batches of a limited validation are a sample: files lie sorted by name, or by label. Equal
+    numbers matter, as a rank that stops early would leave the others waiting in the collectives of the model.
 
     Args:
         items: The data set.
@@ -95,13 +97,16 @@ class EvaluationSampler(DistributedSampler[int]):
 
     def __init__(self, items: Sized, rank: int, world_size: int) -> None:
         super().__init__(items, num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
-        self._per_rank = -(-len(items) // world_size)
+        self._items = len(items)
+        self._per_rank = -(-self._items // world_size)
 
     def __len__(self) -> int:
         return self._per_rank
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.rank, self._per_rank * self.num_replicas, self.num_replicas))
+        order = torch.randperm(self._items, generator=torch.Generator().manual_seed(0))
+        padding = torch.arange(self._items, self._per_rank * self.num_replicas)
+        return iter(torch.cat([order, padding])[self.rank :: self.num_replicas].tolist())
 
 
 class ResumableDataLoader(DataLoader[Batch]):
@@ -181,7 +186,7 @@ def evaluation_loader(
     world_size: int,
     collate: Callable[[list[Any]], Batch] | None = None,
 ) -> DataLoader[Batch]:
-    """Return the loader of a data set in order, which must have items of padding beyond its end.
+    """Return the loader of a whole data set, which must have items of padding beyond its end.
 
     Args:
         items: The data set.

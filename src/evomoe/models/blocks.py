@@ -24,16 +24,25 @@ class SelfAttention(nn.Module):
         d_model: model width D.
         num_heads: attention heads; divides D.
         causal: whether a token sees only itself and the tokens before it, or all of its sequence.
+        padded: whether a sequence may end in padding, rather than be real or padding as a whole.
         bias: whether the projections have a bias.
         dropout: dropout of the attention weights in training.
     """
 
     def __init__(
-        self, d_model: int, num_heads: int, *, causal: bool = True, bias: bool = True, dropout: float = 0.0
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        causal: bool = True,
+        padded: bool = True,
+        bias: bool = True,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_heads = check_heads(d_model, num_heads)
         self.causal = causal
+        self.padded = padded
         self.dropout = dropout
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=bias)
         self.output = nn.Linear(d_model, d_model, bias=bias)
@@ -58,7 +67,7 @@ class SelfAttention(nn.Module):
         if cache is not None:
             key, value = cache.write(layer, key, value)
             mask = cache.mask
-        elif valid is not None and not self.causal:
+        elif valid is not None and self.padded and not self.causal:
             mask = key_mask(valid)
         mixed = F.scaled_dot_product_attention(
             query,
@@ -167,6 +176,7 @@ class Block(nn.Module):
         num_heads: attention heads.
         feed_forward: a :class:`FeedForward` or a :class:`~evomoe.moe.layer.MoELayer`.
         causal: whether a token sees only itself and the tokens before it.
+        padded: whether a sequence may end in padding, see :class:`SelfAttention`.
         cross: whether the block looks at a memory.
         norm_first: where the norms stand.
         bias: whether attention and norms have a bias.
@@ -181,6 +191,7 @@ class Block(nn.Module):
         feed_forward: FeedForward | MoELayer,
         *,
         causal: bool = True,
+        padded: bool = True,
         cross: bool = False,
         norm_first: bool = True,
         bias: bool = True,
@@ -190,7 +201,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm_first = norm_first
         self.attention_norm = nn.LayerNorm(d_model, bias=bias)
-        self.attention = SelfAttention(d_model, num_heads, causal=causal, bias=bias, dropout=attention_dropout)
+        self.attention = SelfAttention(
+            d_model, num_heads, causal=causal, padded=padded, bias=bias, dropout=attention_dropout
+        )
         self.cross_norm = nn.LayerNorm(d_model, bias=bias) if cross else None
         self.cross_attention = (
             CrossAttention(d_model, num_heads, bias=bias, dropout=attention_dropout) if cross else None

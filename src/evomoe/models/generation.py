@@ -157,11 +157,14 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
+    device = logits.device
+    if device.type == "mps":  # has no double precision
+        logits, uniforms = logits.cpu(), uniforms.cpu()
     # In double precision the product below stays under the sum, so no token of probability 0 can be drawn.
     kept = keep_likely(logits.double() / temperature, top_k, top_p)
     cumulative = F.softmax(kept, dim=-1).cumsum(dim=-1)  # (R, V)
     target = uniforms.double()[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].to(device)
 
 
 def keep_likely(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:

@@ -22,6 +22,7 @@ from evomoe.models.network import (
     BlockOptions,
     Network,
     check_sizes,
+    empty_cache,
     ids_before,
     output_std,
     score_words,
@@ -135,16 +136,7 @@ class GPT(Network):
 
     def new_cache(self, batch: int) -> KeyValueCache:
         """An empty key-value cache for ``batch`` rows, of the model's context, device and precision."""
-        weight = self.token_embedding.weight
-        return KeyValueCache(
-            self.num_layers,
-            batch,
-            self.num_heads,
-            self.d_model // self.num_heads,
-            self.context,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        return empty_cache(self._stack, batch, self.context)
 
     def flops_per_token(self, context: int, active_experts: float | Sequence[float] = 1.0) -> float:
         """FLOPs of a forward pass per token; times ``TRAINING_FACTOR`` for a training step.

@@ -8,16 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from evomoe.errors import ConfigError
+
+FIRST_POSITIONS = 16
 
 
 class KeyValueCache:
     """Keys and values of the tokens already read, for generation without recomputing them. Inference only.
 
     Every row of the batch is stored from position 0 on, so rows of different length need no left padding: the padding
-    at the end of a short row is overwritten by the row's next token before any query can see it.
+    at the end of a short row is overwritten by the row's next token before any query can see it. Memory is taken as
+    the rows grow: most translations are much shorter than the context.
 
     Args:
         num_layers: attention layers of the model.
@@ -40,9 +44,8 @@ class KeyValueCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        shape = (num_layers, batch, num_heads, capacity, head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.keys = torch.zeros(num_layers, batch, num_heads, 0, head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
         self.capacity = capacity
         self.lengths = torch.zeros(batch, device=device, dtype=torch.long)
         self.last_ids = torch.full((batch,), -1, device=device)
@@ -73,6 +76,10 @@ class KeyValueCache:
         self.positions = self.lengths[:, None] + torch.arange(sequence, device=device)  # (B, S)
         first = self.extent == 0
         self.extent += sequence
+        if (more := self.extent - self.keys.shape[3]) > 0:
+            # Twice as many as before, lest every step copies all.
+            more = min(max(more, self.keys.shape[3], FIRST_POSITIONS), self.capacity - self.keys.shape[3])
+            self.keys, self.values = (F.pad(stored, (0, 0, 0, more)) for stored in (self.keys, self.values))
         self.lengths = self.lengths + (sequence if valid is None else valid.sum(dim=1))
         # With nothing stored yet the new tokens see one another only: plain causal attention, no mask.
         self.mask = None if first else torch.arange(self.extent, device=device) <= self.positions[:, None, :, None]

@@ -20,6 +20,7 @@ from evomoe.errors import ConfigError
 from evomoe.models.blocks import Block, FeedForward
 from evomoe.models.flops import attention_flops, expert_flops, layer_flops, matrix_flops
 from evomoe.models.key_value_cache import KeyValueCache
+from evomoe.moe.kernels import compute_dtype
 from evomoe.moe.layer import MoELayer, RouterFactory
 from evomoe.routing import Router, Routing, SparseRouting
 
@@ -78,12 +79,13 @@ class BlockOptions:
             if not 0 <= probability < 1:
                 raise ConfigError(f"{name}={probability}: expected a probability in [0, 1)")
 
-    def build(self, num_layers: int, *, causal: bool = True, cross: bool = False) -> nn.ModuleList:
+    def build(self, num_layers: int, *, causal: bool = True, padded: bool = True, cross: bool = False) -> nn.ModuleList:
         """A stack of ``num_layers`` blocks; call :meth:`Network.init_weights` on the whole afterwards.
 
         Args:
             num_layers: blocks L.
             causal: whether a token sees only itself and the tokens before it.
+            padded: whether a sequence may end in padding, rather than be real or padding as a whole.
             cross: whether the blocks look at a memory.
 
         Raises:
@@ -105,6 +107,7 @@ class BlockOptions:
                 self.num_heads,
                 feed_forward,
                 causal=causal,
+                padded=padded,
                 cross=cross,
                 norm_first=self.norm_first,
                 bias=self.bias,
@@ -270,6 +273,24 @@ class Network(nn.Module, ABC):
 def output_std(num_layers: int) -> float:
     """Initial deviation of the matrices out of a branch, in a stack of L layers (GPT-2)."""
     return INIT_STD * (2 * num_layers) ** -0.5
+
+
+def empty_cache(blocks: Sequence[Block], batch: int, capacity: int) -> KeyValueCache:
+    """A key-value cache for ``batch`` rows of at most ``capacity`` positions, on the blocks' device.
+
+    Keys and values are kept as the blocks compute them: under autocast, in its precision.
+    """
+    attention = blocks[0].attention
+    weight = attention.qkv.weight
+    return KeyValueCache(
+        len(blocks),
+        batch,
+        attention.num_heads,
+        attention.output.in_features // attention.num_heads,
+        capacity,
+        device=weight.device,
+        dtype=compute_dtype(weight),
+    )
 
 
 def word_embedding(vocab_size: int, d_model: int) -> nn.Embedding:

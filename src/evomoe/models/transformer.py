@@ -22,6 +22,7 @@ from evomoe.models.network import (
     BlockOptions,
     Network,
     check_sizes,
+    empty_cache,
     ids_before,
     output_std,
     score_words,
@@ -202,16 +203,7 @@ class Transformer(Network):
 
     def new_cache(self, batch: int) -> KeyValueCache:
         """An empty key-value cache of the decoder for ``batch`` rows."""
-        weight = self.token_embedding.weight
-        return KeyValueCache(
-            self.num_layers,
-            batch,
-            self.num_heads,
-            self.d_model // self.num_heads,
-            self.context,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        return empty_cache(self._blocks(self.decoder), batch, self.context)
 
     def forward_flops(
         self, batch: int, source: int, target: int, active_experts: float | Sequence[float] = 1.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -97,9 +98,10 @@ class ViT(Network):
         self.position_embedding = nn.Embedding(self.num_tokens, d_model)
         self.dropout = nn.Dropout(dropout)
         dense = num_layers - (num_layers if moe_last is None else moe_last)
-        self.blocks = blocks.build(num_layers - dense, causal=False)
+        build = partial(BlockOptions.build, causal=False, padded=False)
+        self.blocks = build(blocks, num_layers - dense)
         if dense:
-            self.blocks = nn.ModuleList([*replace(blocks, moe_every=0).build(dense, causal=False), *self.blocks])
+            self.blocks = nn.ModuleList([*build(replace(blocks, moe_every=0), dense), *self.blocks])
         self.norm = nn.LayerNorm(d_model, bias=blocks.bias)
         self.head = nn.Linear(d_model, num_classes)
         self.init_weights(torch.initial_seed())
@@ -195,8 +197,6 @@ class ViT(Network):
         self.norm.reset_parameters()
         for name, block in self.named_blocks.items():
             block.init_weights(seed, name, std, output_std)
-        for layer in self.moe_layers.values():  # also where experts are drawn anew at their birth
-            layer.experts.init_std, layer.experts.output_std = std, output_std
 
 
 def to_patches(images: Tensor, patch_size: int) -> Tensor:

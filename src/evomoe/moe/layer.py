@@ -149,7 +149,7 @@ class MoELayer(nn.Module):
             rows = self.experts.base(flat[token])
             output = rows.new_zeros(flat.shape).index_copy(0, token, rows)
         tokens_per_expert = torch.zeros(self.num_experts, dtype=torch.int64, device=flat.device)
-        tokens_per_expert[0] = token.numel()
+        tokens_per_expert[:1] = token.numel()  # a single element would be copied from the host
         scores = torch.zeros(flat.shape[0], self.num_experts, device=flat.device)
         scores[:, 0] = 1
         weight = torch.ones(token.shape, device=flat.device)

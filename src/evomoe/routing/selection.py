@@ -6,6 +6,7 @@ Shapes: T tokens, E experts, K experts per token, A assignments.
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -142,13 +143,14 @@ def capacity_per_expert(
         num_experts: number of experts E.
         top_k: experts per token K.
         factor: of the capacity.
-        rounding: ``"ceil"``, or ``"round"`` to the nearest.
+        rounding: ``"ceil"``, or ``"round"`` to the nearest, halves up.
         multiple: then rounded up to a multiple of it.
     """
-    places = num_tokens.double() * top_k * factor / num_experts
-    # 100 * 1.1 / 10 is 11 places, whatever the last bit says.
-    whole = (places - 1e-9).ceil() if rounding == "ceil" else places.round()
-    return (whole.clamp(min=1) / multiple).ceil() * multiple
+    # In whole numbers: 100 * 1.1 / 10 is 11 places, and not every device has double precision.
+    per_token = Fraction(factor).limit_denominator(10**6) * top_k / num_experts
+    places, parts = num_tokens * per_token.numerator, per_token.denominator
+    whole = -(-places // parts) if rounding == "ceil" else (2 * places + parts) // (2 * parts)
+    return -(-whole.clamp(min=1) // multiple) * multiple
 
 
 def make_routing(
@@ -179,7 +181,7 @@ def make_routing(
 def count_tokens(valid: Tensor | None, hidden: Tensor) -> Tensor:
     """Number of real tokens as a 0-dim int64 tensor."""
     if valid is None:
-        return torch.tensor(hidden.shape[0], device=hidden.device)
+        return torch.full((), hidden.shape[0], device=hidden.device)  # unlike torch.tensor, without waiting for a GPU
     return valid.sum()
 
 

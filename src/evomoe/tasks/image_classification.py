@@ -97,6 +97,10 @@ class ImageClassification(EvaluatedTask):
         mix, alpha = self.mixings[choice]
         return mix(images, labels, alpha)
 
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Logits ``(B, C)`` under the final sparse rule."""
+        return self.model(batch["images"], valid=batch.get("valid"), final_rule=True)[0]
+
     def _classify(self, batch: dict[str, Tensor], final_rule: bool = False) -> tuple[dict[str, Tensor], list[Routing]]:
         """Sums over the real images, and the routings."""
         labels, valid = batch["labels"], batch["valid"]

@@ -74,16 +74,16 @@ class LanguageModeling(EvaluatedTask):
         return {"final_routings": final_routings, "words": [words] * len(final_routings)}
 
     def evaluation_results(self, split: str) -> dict[str, Tensor | float]:
-        """The mean loss over all tokens, and perplexities."""
-        means, units = self.means.compute(), self.trainer.datamodule.units(split)  # type: ignore[attr-defined]
-        loss = means["loss"]
-        return {
-            **means,
-            **perplexities(means),
+        """The mean loss over all tokens, and perplexities; those of words and bytes as far as the data tell them."""
+        means = self.means.compute()
+        values: dict[str, Tensor | float] = {**means, **perplexities(means)}
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "units"):  # loaders of a user's own do not say of what text their tokens are
+            units, loss = data.units(split), means["loss"]
             # Independent of the tokenizer: the same total surprise, shared among words or bytes.
-            "perplexity_word": (loss * units["tokens"] / units["words"]).exp(),
-            "bits_per_byte": loss * units["tokens"] / units["bytes"] / math.log(2),
-        }
+            values["perplexity_word"] = (loss * units["tokens"] / units["words"]).exp()
+            values["bits_per_byte"] = loss * units["tokens"] / units["bytes"] / math.log(2)
+        return values
 
     def _cross_entropy(self, batch: dict[str, Tensor], final_rule: bool = False) -> tuple[Tensor, list[Routing]]:
         """Sum over the real tokens, and the routings."""

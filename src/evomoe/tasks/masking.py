@@ -36,7 +36,8 @@ def mask_tokens(
         The tokens that the model sees, and which were chosen, both ``(B, S)``.
     """
     device = tokens.device if generator is None else generator.device
-    draws = torch.rand(3, *tokens.shape, device=device, generator=generator).to(tokens.device)
+    # In fp32 under every precision: bfloat16 draws 256 numbers only.
+    draws = torch.rand(3, *tokens.shape, device=device, generator=generator, dtype=torch.float32).to(tokens.device)
     chance = draws[0]
     if word_starts is not None:
         word = word_starts[tokens].long().cumsum(dim=1)  # (B, S), the number of each token's word in its row

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torchmetrics import SumMetric
 
 
-class RuleMeans(nn.Module):
+class Sums(nn.Module):
+    """Holds metrics whose sums keep their precision where the weights become half: they would soon stand still."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def move(state: Tensor) -> Tensor:
+            moved = fn(state)
+            return moved if moved.dtype == state.dtype else state.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+class RuleMeans(Sums):
     """Means per token under the training rule, and, with the suffix ``_sparse``, under the final sparse rule.
 
     Sums, not means of means: batches differ in their number of tokens, and a mean metric would leave out a batch whose

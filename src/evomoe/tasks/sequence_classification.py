@@ -124,6 +124,10 @@ class SequenceClassification(EvaluatedTask):
             values["majority_accuracy"] = self.majority.compute()["accuracy"]
         return values
 
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Logits ``(B, C)``, or the numbers ``(B, 1)`` of a regression, under the final sparse rule."""
+        return self.model(batch["tokens"], valid=batch["valid"], final_rule=True)[0]
+
     def _losses_of(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """The loss of each sequence, ``(N,)``."""
         if self.is_regression:

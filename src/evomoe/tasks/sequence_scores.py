@@ -13,6 +13,7 @@ from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, Multi
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 
 from evomoe.errors import ConfigError
+from evomoe.tasks.rule_means import Sums
 
 
 class Matthews(MulticlassConfusionMatrix):
@@ -42,7 +43,7 @@ NUMBER_SCORES: Mapping[str, Callable[[], Metric]] = {"pearson": PearsonCorrCoef,
 """Of predicted numbers."""
 
 
-class SequenceScores(nn.Module):
+class SequenceScores(Sums):
     """Scores over an evaluation under the training rule, and, with the suffix ``_sparse``, under the final one.
 
     Args:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,22 @@ def test_images_are_normalised_by_the_training_split():
     pixels = data.images.splits["train"].images / 255
     np.testing.assert_allclose(data.mean, pixels.mean(axis=(0, 2, 3)))
     np.testing.assert_allclose(data.std, pixels.std(axis=(0, 2, 3)))
-    test = torch.cat([batch["images"] for batch in data.test_dataloader()])
+    images = data.dataset("test")
+    test = torch.from_numpy(np.stack([images[index]["images"] for index in range(7)]))
     expected = (data.images.splits["test"].images / 255 - data.mean[:, None, None]) / data.std[:, None, None]
     torch.testing.assert_close(test, torch.from_numpy(expected).float())
+
+
+def test_the_normalisation_needs_less_memory_than_the_images():
+    data = module(Drawn(train=1500, size=32))
+    images = data.images.splits["train"].images
+    tracemalloc.start()
+    try:
+        data._moments  # noqa: B018
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < images.nbytes
 
 
 def test_an_epoch_has_each_image_once_and_the_next_one_another_order_and_other_crops():
@@ -57,11 +71,18 @@ def test_an_epoch_has_each_image_once_and_the_next_one_another_order_and_other_c
     assert len(pictures[0] & pictures[1]) < 8
 
 
-def test_evaluation_is_in_order_and_not_augmented():
+def test_evaluation_has_every_image_once_and_unchanged():
     data = module(eval_batch_size=3)
-    labels = torch.cat([batch["labels"] for batch in data.test_dataloader()])
-    assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert [len(batch["labels"]) for batch in data.test_dataloader()] == [3, 3, 1]
+    batches = list(data.test_dataloader())
+    assert [len(batch["labels"]) for batch in batches] == [3, 3, 1]
+    images = data.dataset("test")
+    expected = [(images[index]["images"].tolist(), int(images[index]["labels"])) for index in range(7)]
+    shown = [
+        (image.tolist(), int(label))
+        for batch in batches
+        for image, label in zip(batch["images"], batch["labels"], strict=True)
+    ]
+    assert sorted(shown) == sorted(expected)
 
 
 def test_processes_share_the_images_and_pad_to_equal_numbers():

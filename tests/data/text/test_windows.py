@@ -199,12 +199,18 @@ class TestEvaluation:
         assert sorted(pairs) == [(100 + i, 101 + i) for i in range(count - 1)]
         assert len({len(batches) for batches in ranks}) == 1
         if world_size == 1:
-            assert pairs == sorted(pairs)
             assert all(batch["valid"].any() for batch in ranks[0])
 
-    def test_sampler_shares_out_in_turn(self, tmp_path: Path) -> None:
+    def test_sampler_shares_out_one_drawn_order_in_turn(self, tmp_path: Path) -> None:
         windows = EvaluationWindows(token_file(tmp_path, 16), context=3, padding_id=7)
-        assert [list(EvaluationSampler(windows, rank, 2)) for rank in range(2)] == [[0, 2, 4], [1, 3, 5]]
+        (alone,) = (list(EvaluationSampler(windows, rank, 1)) for rank in range(1))
+        assert sorted(alone) == [0, 1, 2, 3, 4]
+        assert list(EvaluationSampler(windows, 0, 1)) == alone
+        assert [list(EvaluationSampler(windows, rank, 2)) for rank in range(2)] == [alone[::2], [*alone[1::2], 5]]
+
+    def test_the_first_few_are_a_sample_of_the_whole(self) -> None:
+        few = list(EvaluationSampler(range(1000), 0, 1))[:100]
+        assert {index // 100 for index in few} == set(range(10))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,21 @@ def test_a_second_call_does_nothing_and_says_so(capsys):
     second = capsys.readouterr().out
     assert second.startswith("nothing to run: all 4 runs are finished\n")
     assert Path("logs/comparisons/adhoc/table.md").read_text() == table
+
+
+def test_an_edited_configuration_is_not_mixed_with_runs_of_the_old_one(tmp_path):
+    root = tmp_path / "project"
+    shutil.copytree(ROOT / "configs", root / "configs")
+    config = compose(METHODS, "seeds=[1]", "refresh_seconds=100", config="compare")
+    compare(config, root, fake_training.start)
+    router = root / "configs" / "router" / "switch.yaml"
+    router.write_text(re.sub(r"balance: \S+", "balance: 7.0", router.read_text()))
+    config.seeds = [1, 2]
+    with pytest.raises(
+        ConfigError, match=r"gpt_switch/seed_1 holds a run of another recipe \(router.loss_coefficients"
+    ):
+        compare(config, root, fake_training.start)
+    assert lives() == {"adhoc/gpt_dts/seed_1": 1, "adhoc/gpt_switch/seed_1": 1}
 
 
 def test_what_is_added_is_run_and_nothing_else(capsys):

@@ -133,3 +133,13 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path):
         with pytest.raises(ConfigError) as refused:
             check_recipe(Run("some", 1, tmp_path, overrides))
         assert f"holds a run of another recipe ({words}): choose another name=" in str(refused.value)
+
+
+def test_a_folder_of_an_edited_configuration_is_refused(tmp_path):
+    def run(**settings):
+        return Run("some", 1, tmp_path, ("experiment=x", "seed=1"), settings)
+
+    write_recipe(run(top_k=1, rate=1e-3, gone=2))
+    check_recipe(run(top_k=1, rate=1e-3, new=5))
+    with pytest.raises(ConfigError, match=r"another recipe \(top_k=1 there, 2 in the configuration now\): choose"):
+        check_recipe(run(top_k=2, rate=1e-3))

@@ -130,3 +130,17 @@ def test_two_comparisons_at_once_share_the_work(tmp_path):
     second.join()
     assert others == []
     assert [len(lives(run)) for run in five] == [1] * 5
+
+
+def test_a_run_that_another_comparison_put_into_the_folder_meanwhile_is_none_of_this_one(tmp_path):
+    (theirs,) = runs(tmp_path, "a", a="data=docs")
+    (ours,) = runs(tmp_path, "a", a="data=code")
+    failures: list = []
+    second = threading.Thread(target=lambda: failures.extend(pool(Said()).run([ours])))
+    said = Said("a seed 1: started", second.start)
+    assert pool(said).run([theirs]) == []
+    second.join()
+    (failure,) = failures
+    assert failure.run is ours
+    assert "holds a run of another recipe (data=docs there, data=code here)" in failure.status
+    assert len(lives(theirs)) == 1

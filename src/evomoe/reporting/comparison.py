@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from evomoe.checks import check_parts, check_trainer
 from evomoe.cli import check_missing, check_overrides, instantiate
+from evomoe.data.corpus import flatten
 from evomoe.errors import ConfigError
 from evomoe.reporting.figures import draw
 from evomoe.reporting.hparams import write_hparams
-from evomoe.reporting.plan import Comparison, Method, Run, read_comparison
+from evomoe.reporting.plan import LENGTH_KEY, Comparison, Method, Run, read_comparison
 from evomoe.reporting.results import check_recipe, is_finished, nearest, next_length, read_result
 from evomoe.reporting.runner import LOG_FILE, Failure, Pool, Start, start_process
 from evomoe.reporting.table import Results, unique, write_csv, write_table
 
 Runs = dict[tuple[str, int], Run]
 """By label and seed."""
+
+Configs = dict[str, DictConfig]
+"""By label."""
+
+OF_ONE_RUN = ("seed", LENGTH_KEY, "trainer.max_epochs")
+"""What differs between the runs of one method, folders aside; their overrides say how."""
 
 LENGTHS = 3
 """Runs of other lengths that a method may have to meet a budget."""
@@ -45,6 +54,9 @@ def compare(config: DictConfig, root: Path, start: Start | None = None) -> dict[
         SystemExit: a run failed (status 1), or a signal came (130 or 143).
     """
     comparison = read_comparison(config)
+    configs = {method.label: _compose(comparison, method, root / "configs") for method in comparison.methods}
+    methods = [replace(method, settings=_settings(configs[method.label])) for method in comparison.methods]
+    comparison = replace(comparison, methods=tuple(methods))
     pool = Pool(start or start_process(root / "train.py", config.threads), config.workers, config.refresh_seconds)
     comparison.output.mkdir(parents=True, exist_ok=True)
 
@@ -54,13 +66,13 @@ def compare(config: DictConfig, root: Path, start: Start | None = None) -> dict[
         for seed in comparison.seeds
         for method in comparison.methods
     }
-    failures = _run_missing(pool, equal.values(), root / "configs")
+    failures = _run_missing(pool, equal.values(), configs)
     runs = _of_budgets(comparison, equal)
     tried = set(equal.values())
     while missing := dict.fromkeys(
         run for of_budget in runs.values() for run in of_budget.values() if not is_finished(run) and run not in tried
     ):
-        failures += _run_missing(pool, missing, root / "configs")
+        failures += _run_missing(pool, missing, configs)
         tried |= missing.keys()
         runs = _of_budgets(comparison, equal)
 
@@ -74,21 +86,37 @@ def compare(config: DictConfig, root: Path, start: Start | None = None) -> dict[
     return by_budget
 
 
-def _run_missing(pool: Pool, runs: Iterable[Run], configs: Path) -> list[Failure]:
+def _compose(comparison: Comparison, method: Method, folder: Path) -> DictConfig:
+    """The configuration of a method's first run."""
+    run = comparison.run_of(method, comparison.seeds[0])
+    try:
+        config = check_overrides([*run.overrides, f"hydra.run.dir={run.folder}"], folder, "train")
+        _check_missing(config)
+    except ConfigError as error:
+        raise ConfigError(f"{method.label}: {error}") from None
+    return config
+
+
+def _settings(config: DictConfig) -> dict[str, Any]:
+    """The values that all runs of a method share, by dotted key; references to others stay references."""
+    values: Any = OmegaConf.to_container(config)
+    del values["paths"]
+    return {key: value for key, value in flatten(values).items() if key not in OF_ONE_RUN}
+
+
+def _run_missing(pool: Pool, runs: Iterable[Run], configs: Configs) -> list[Failure]:
     """Run what is not finished, once all of it is known to be right."""
     runs = list(runs)
     for run in runs:
         check_recipe(run)
     missing = [run for run in runs if not is_finished(run)]
-    for run in {run.label: run for run in missing}.values():
+    for label in {run.label: run for run in missing}:
         try:
-            config = check_overrides([*run.overrides, f"hydra.run.dir={run.folder}"], configs, "train")
-            _check_missing(config)
-            check_parts(config)
-            check_trainer(config.trainer)
-            instantiate(config.data)  # looks for its files
+            check_parts(configs[label])
+            check_trainer(configs[label].trainer)
+            instantiate(configs[label].data)  # looks for its files
         except ConfigError as error:
-            raise ConfigError(f"{run.label}: {error}") from None
+            raise ConfigError(f"{label}: {error}") from None
     if missing:
         pool.say(f"{len(missing)} of {len(runs)} runs to do, {pool.workers} at a time")
     elif runs:

@@ -6,8 +6,8 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,13 @@ class Method:
         label: its name in tables, figures and folders.
         experiment: a file of ``configs/experiment``.
         overrides: what distinguishes it from the plain experiment.
+        settings: all values that its runs share, by dotted key, once they are known.
     """
 
     label: str
     experiment: str
     overrides: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,14 @@ class Run:
         seed: of its weights and the order of its data.
         folder: where it writes.
         overrides: its whole recipe; two runs with the same one are the same run.
+        settings: what the configuration makes of it, seed, length and folders aside.
     """
 
     label: str
     seed: int
     folder: Path
     overrides: tuple[str, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.label} seed {self.seed}" + ("" if self.folder.parent.name == self.label else f" ({self.length})")
@@ -104,13 +108,15 @@ class Comparison:
     def run_of(self, method: Method, seed: int) -> Run:
         """The run of equal steps."""
         recipe = merge([f"experiment={method.experiment}"], self.overrides, method.overrides, [f"seed={seed}"])
-        return Run(method.label, seed, self.runs / method.label / f"seed_{seed}", tuple(recipe))
+        folder = self.runs / method.label / f"seed_{seed}"
+        return Run(method.label, seed, folder, tuple(recipe), method.settings)
 
     def run_of_length(self, method: Method, seed: int, steps: int) -> Run:
         """A run of another length, to spend what the reference spends in its run of equal steps."""
         length = [f"{LENGTH_KEY}={steps}", "trainer.max_epochs=null"]  # epochs must not end it earlier
         recipe = merge(self.run_of(method, seed).overrides, length)
-        return Run(method.label, seed, self.runs / method.label / f"steps_{steps}" / f"seed_{seed}", tuple(recipe))
+        folder = self.runs / method.label / f"steps_{steps}" / f"seed_{seed}"
+        return Run(method.label, seed, folder, tuple(recipe), method.settings)
 
 
 def merge(*overrides: Iterable[str]) -> list[str]:

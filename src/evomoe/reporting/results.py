@@ -77,31 +77,41 @@ class Result:
 
 
 def check_recipe(run: Run) -> None:
-    """Refuse a folder that holds a run of another recipe.
+    """Refuse a folder that holds a run of another recipe, or of a configuration that has been edited since.
+
+    A key that is new, or gone, is taken for one without effect on this run.
 
     Raises:
-        ConfigError: naming the first override that differs.
+        ConfigError: naming the overrides, or the first value, that differ.
     """
     path = run.folder / RECIPE_FILE
     if not path.exists():
         return
     recorded = json.loads(path.read_text(encoding="utf-8"))
-    if recorded == list(run.overrides):
-        return
-    there = " ".join(text for text in recorded if text not in run.overrides)
-    here = " ".join(text for text in run.overrides if text not in recorded)
-    nothing = "nothing in its place"
-    what = f"{there or nothing} there, {here or nothing} here" if there or here else "the same in another order"
+    if recorded["overrides"] != list(run.overrides):
+        what = _difference(recorded["overrides"], run.overrides)
+    else:
+        edited = (key for key, value in recorded["settings"].items() if run.settings.get(key, value) != value)
+        if (key := next(edited, None)) is None:
+            return
+        what = f"{key}={recorded['settings'][key]} there, {run.settings[key]} in the configuration now"
     raise ConfigError(
         f"{run.folder} holds a run of another recipe ({what}): choose another name= for this comparison, or another"
         " paths.runs= if it shares its runs with others, or remove the folder"
     )
 
 
+def _difference(there: Sequence[str], here: Sequence[str]) -> str:
+    gone = " ".join(text for text in there if text not in here)
+    new = " ".join(text for text in here if text not in there)
+    nothing = "nothing in its place"
+    return f"{gone or nothing} there, {new or nothing} here" if gone or new else "the same in another order"
+
+
 def write_recipe(run: Run) -> None:
     """Mark the folder as that of this run, before it begins."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    _write(run.folder / RECIPE_FILE, list(run.overrides))
+    _write(run.folder / RECIPE_FILE, {"overrides": list(run.overrides), "settings": dict(run.settings)})
 
 
 def finish(run: Run, facts: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from evomoe.errors import ConfigError
 from evomoe.reporting.machine import facts
 from evomoe.reporting.plan import Run
 from evomoe.reporting.progress import LastLine, read_last_line, time_left
-from evomoe.reporting.results import finish, is_finished, read_result, write_recipe
+from evomoe.reporting.results import check_recipe, finish, is_finished, read_result, write_recipe
 from evomoe.signals import StopRequest
 
 LOG_FILE = "output.log"
@@ -148,7 +148,7 @@ class Pool:
         except BlockingIOError:
             os.close(lock)
             return slot
-        if is_finished(run):
+        if is_finished(run) or _is_foreign(run):
             os.close(lock)
             return slot
         write_recipe(run)
@@ -160,6 +160,11 @@ class Pool:
     def _look_after(self, slot: _Slot) -> bool | Failure:
         """Whether a run has ended; one that another process began is taken over when that process ends."""
         if slot.child is None or slot.lock is None:
+            try:
+                check_recipe(slot.run)
+            except ConfigError as error:
+                self._slots.remove(slot)
+                return Failure(slot.run, str(error), "")
             if is_finished(slot.run):
                 self._slots.remove(slot)
                 return True
@@ -243,6 +248,15 @@ def start_process(script: Path, threads: int) -> Start:
             )
 
     return start
+
+
+def _is_foreign(run: Run) -> bool:
+    """Whether another comparison has meanwhile put a run of its own into the folder."""
+    try:
+        check_recipe(run)
+    except ConfigError:
+        return True
+    return False
 
 
 def _describe_line(slot: _Slot, line: LastLine | None) -> str:

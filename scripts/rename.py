@@ -7,6 +7,7 @@ Needs nothing but Python.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import keyword
 import os
 import re
@@ -39,6 +40,10 @@ def rename(root: Path, new: str) -> int:
         )
     if new in sys.stdlib_module_names:
         raise ValueError(f"{new!r} is a module of Python itself: choose another name")
+    if (root / new).exists() or (root / f"{new}.py").exists():
+        raise ValueError(f"{new!r} is a file or folder of this project: choose another name")
+    if importlib.util.find_spec(new) is not None:
+        raise ValueError(f"{new!r} is an installed package: choose another name")
     if OLD in new:
         raise ValueError(f"{new!r} contains the old name {OLD!r}: choose another name")
     for generated in root.glob("src/*.egg-info"):

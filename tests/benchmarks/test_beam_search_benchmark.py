@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,16 @@ def test_all_hypotheses_and_scores_are_those_of_hugging_face(marian, beam, limit
     if beam > 1:
         scores = torch.tensor([[hypothesis.score for hypothesis in sentence] for sentence in found])
         torch.testing.assert_close(scores.flatten(), output.sequences_scores)
+
+
+def test_without_the_peer_it_says_so(monkeypatch, capsys):
+    import evomoe.callbacks.console.summary  # noqa: F401  # and with it torchmetrics, which imports the peer if it can
+
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(sys, "argv", ["beam_search.py", "--quick"])
+    runpy.run_path(str(FOLDER / "beam_search.py"), run_name="__main__")
+    assert "Skipped: import of transformers halted" in capsys.readouterr().out
 
 
 @pytest.mark.slow

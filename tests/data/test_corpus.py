@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evomoe.data.corpus import SPLITS, HoldOut, fingerprint, normalise, text_key, unit_hash
-from evomoe.data.text.corpus import BLOCK_CHARACTERS, Piece, blocks, select
+from evomoe.data.text.corpus import BLOCK_CHARACTERS, LONGEST_LINE, Piece, blocks, select
 from evomoe.errors import ConfigError
 
 
@@ -38,6 +38,35 @@ def test_blocks_are_the_lines_and_end_one_document(lines: list[str]) -> None:
     assert [piece.ends_document for piece in found] == [False] * (len(found) - 1) + [True] * bool(found)
     assert all(len(piece.text) >= BLOCK_CHARACTERS for piece in found[:-1])
     assert all(len(piece.text) < BLOCK_CHARACTERS + 301 for piece in found)
+
+
+class TestLongLines:
+    def test_one_of_words_is_cut_before_blanks_into_blocks(self) -> None:
+        line = " ".join(f"word{number}" for number in range(40_000))
+        texts = [piece.text for piece in blocks([line])]
+        assert "".join(texts) == line
+        assert all(BLOCK_CHARACTERS <= len(text) < BLOCK_CHARACTERS + 20 for text in texts[:-1])
+        assert len(texts[-1]) <= LONGEST_LINE
+        assert all(text.startswith(" word") for text in texts[1:])
+
+    def test_one_without_blanks_is_cut_where_a_block_is_full(self) -> None:
+        texts = [piece.text for piece in blocks(["first\n", "x" * 3 * LONGEST_LINE + "\n", "last"])]
+        assert texts[0] == "first\n" + "x" * BLOCK_CHARACTERS
+        assert texts[1] == "x" * BLOCK_CHARACTERS
+        assert "".join(texts) == "first\n" + "x" * 3 * LONGEST_LINE + "\nlast"
+
+    def test_one_at_the_limit_stays_whole(self) -> None:
+        line = "a " * (LONGEST_LINE // 2 - 1) + "a\n"
+        assert [piece.text for piece in blocks([line, line])] == [line, line]
+        assert len(list(blocks([f"a{line}"]))) > 1
+
+    @given(st.lists(st.integers(1, 50_000), max_size=12), st.sampled_from(["", " ", "\n", "word of a line "]))
+    def test_however_it_comes_in_parts_the_blocks_are_those_of_the_whole(self, sizes: list[int], repeated: str) -> None:
+        text = "".join(f"{repeated * (size // 10)}{'x' * size}" for size in sizes)
+        whole = text.splitlines(keepends=True)
+        parts = [line[start : start + 7000] for line in whole for start in range(0, len(line), 7000)]
+        assert list(blocks(parts)) == list(blocks(whole))
+        assert "".join(piece.text for piece in blocks(parts)) == text
 
 
 class TestHoldOut:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomoe.data.tokenizer import END_OF_TEXT, SMALLEST_VOCABULARY, Tokenizer
+from evomoe.data.tokenizer import END_OF_TEXT, SMALLEST_VOCABULARY, Sample, Tokenizer
 from evomoe.errors import ConfigError
 
 TEXTS = ["the cat sat on the mat, the cat!\n", "  def f(x):\n\treturn x ** 2\n", "Füße, naïveté, 日本語 and 🙂\n"] * 3
@@ -61,6 +61,33 @@ def test_travels_as_json_and_to_other_processes() -> None:
         assert copy.end_of_text_id == TOKENIZER.end_of_text_id
         assert copy.encode(TEXTS[2]) == TOKENIZER.encode(TEXTS[2])
         assert copy.to_json() == TOKENIZER.to_json()
+
+
+def test_a_cut_text_is_no_tokenizer() -> None:
+    with pytest.raises(ValueError, match="no tokenizer: "):
+        Tokenizer.from_json(TOKENIZER.to_json()[:500])
+    with pytest.raises(ValueError, match="no tokenizer: "):
+        Tokenizer.from_json(TOKENIZER.to_json().replace(END_OF_TEXT, "<end>"))
+
+
+class TestSample:
+    def test_is_even_and_within_the_limit(self) -> None:
+        sample = Sample(limit=100)
+        for number in range(1000):
+            sample.add(f"{number:03d}")
+        # 333 texts of 3 characters would be 100 in all; the next power of two below is every 32nd.
+        assert sample.texts == [f"{number:03d}" for number in range(0, 1000, 32)]
+        small = Sample(limit=100)
+        for number in range(33):
+            small.add(f"{number:03d}")
+        assert len(small.texts) == 33
+
+    def test_keeps_the_texts_of_an_item_together(self) -> None:
+        sample = Sample(limit=100)
+        for number in range(100):
+            sample.add(f"{number:03d}", f"{-number:04d}")
+        kept = range(0, 100, 8)
+        assert sample.texts == [text for number in kept for text in (f"{number:03d}", f"{-number:04d}")]
 
 
 def test_is_found_in_a_checkpoint() -> None:

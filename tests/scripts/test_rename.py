@@ -59,6 +59,9 @@ def test_the_method_keeps_its_name(clone):
         ("My-Project", "'My-Project' cannot name a package: expected lower-case letters"),
         ("class", "'class' cannot name a package"),
         ("json", "'json' is a module of Python itself"),
+        ("train", "'train' is a file or folder of this project"),
+        ("tests", "'tests' is a file or folder of this project"),
+        ("torch", "'torch' is an installed package"),
         (f"{OLD}2", f"contains the old name {OLD!r}"),
     ],
 )

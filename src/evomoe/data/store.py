@@ -36,14 +36,15 @@ class Store(ABC):
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         try:
-            meta = json.loads((directory / "meta.json").read_text())
-            self.tokenizer = Tokenizer.from_json((directory / "tokenizer.json").read_text())
+            meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+            self.tokenizer = Tokenizer.from_json((directory / "tokenizer.json").read_text(encoding="utf-8"))
             self.identity: dict[str, Any] = meta["identity"]
             self.notes: dict[str, int] = meta["notes"]
             self._open(meta)
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+            reason = f"meta.json lacks {error}" if isinstance(error, KeyError) else error
             raise ConfigError(
-                f"the data cache {directory} is damaged ({error}); delete the folder to rebuild"
+                f"the data cache {directory} is damaged ({reason}); delete the folder to rebuild"
             ) from error
 
     @abstractmethod
@@ -87,8 +88,8 @@ class Store(ABC):
 
         def write(draft: Path, progress: Progress) -> None:
             used, meta = cls._fill(draft, progress, corpus, vocab_size, tokenizer, **options)
-            (draft / "tokenizer.json").write_text(used.to_json())
+            (draft / "tokenizer.json").write_text(used.to_json(), encoding="utf-8")
             meta = {"identity": identity, **meta, "notes": corpus.notes()}
-            (draft / "meta.json").write_text(json.dumps(meta, indent=2))
+            (draft / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
         return build_folder(cache_dir, identity, write)

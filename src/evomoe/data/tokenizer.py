@@ -14,6 +14,7 @@ from evomoe.errors import ConfigError
 END_OF_TEXT = "<|endoftext|>"
 _SPACES = "\u0120\u010a\u0109\u010d"  # how byte-level BPE writes blank, line feed, tab and carriage return
 SMALLEST_VOCABULARY = 256 + 1  # every byte, and the end of text
+SAMPLE_CHARACTERS = 50_000_000  # of training text that a tokenizer learns from
 
 
 class Tokenizer:
@@ -75,8 +76,15 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
-        """Restore a tokenizer from `to_json`."""
-        return cls(tokenizers.Tokenizer.from_str(text))
+        """Restore a tokenizer from `to_json`.
+
+        Raises:
+            ValueError: The text is not of one, or was cut.
+        """
+        try:
+            return cls(tokenizers.Tokenizer.from_str(text))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"no tokenizer: {error}") from error
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> Tokenizer:
@@ -95,6 +103,37 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self).from_json, (self.to_json(),)
+
+
+class Sample:
+    """An even sample of a stream of items: every first, then every second, fourth, ... as the limit is met.
+
+    Args:
+        limit: Most characters, unless a single item has more.
+    """
+
+    def __init__(self, limit: int = SAMPLE_CHARACTERS) -> None:
+        self._items: list[tuple[str, ...]] = []
+        self._limit = limit
+        self._characters = 0
+        self._stride = 1
+        self._position = 0
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of the items that were kept, in order."""
+        return [text for item in self._items for text in item]
+
+    def add(self, *texts: str) -> None:
+        """Look at the next item, whose texts are kept together, or not at all."""
+        if self._position % self._stride == 0:
+            self._items.append(texts)
+            self._characters += sum(map(len, texts))
+        self._position += 1
+        while self._characters > self._limit and len(self._items) > 1:
+            self._items = self._items[::2]
+            self._characters = sum(map(len, self.texts))
+            self._stride *= 2
 
 
 def _allow_threads() -> None:

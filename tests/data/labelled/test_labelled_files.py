@@ -31,6 +31,10 @@ def files(path: Path, columns: ColumnChoice = AUTO, **options) -> LabelledFiles:
     return LabelledFiles(str(path), str(path), str(path), columns, **options)
 
 
+def identity(path: Path, columns: ColumnChoice = AUTO, **options) -> dict[str, Any]:
+    return LabelledFiles(str(path), None, None, columns, **options).identity()
+
+
 # Beginnings of the files as GLUE distributes them; fields that nothing reads are shortened.
 GLUE = {
     "SST-2": ("sentence|label", 'it \'s a "good" film |1', ('it \'s a "good" film ', None, "1")),
@@ -80,6 +84,16 @@ def test_json_lines_packed_or_not(tmp_path: Path) -> None:
     assert read(files(tmp_path / "train.jsonl")) == read(files(tmp_path / "train.jsonl.gz")) == expected
 
 
+def test_half_a_pair_of_surrogates_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"sentence": "cut \\ud83d", "label": "\\ude00"}\n')
+    assert read(files(tmp_path / "train.jsonl")) == [("cut \ufffd", None, "\ufffd")]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('\ufeff{"sentence": "Good.", "label": 1}\n', encoding="utf-8")
+    assert read(files(tmp_path / "train.jsonl")) == [("Good.", None, "1")]
+
+
 def test_a_packed_table_is_the_same_table(tmp_path: Path) -> None:
     path = write_table(tmp_path / "train.tsv", "sentence|label", "Good.|1")
     (tmp_path / "train.tsv.gz").write_bytes(gzip.compress(path.read_bytes()))
@@ -104,7 +118,7 @@ def test_malformed_lines_are_left_out_and_counted_on_demand(tmp_path: Path) -> N
     corpus = files(path, bad_lines="drop")
     assert read(corpus) == read(corpus) == [("A?", "B?", "0"), ("E?", "F?", "1")]
     assert corpus.notes() == {"malformed lines left out of train": 2}
-    assert corpus.identity() != files(path).identity()
+    assert identity(path, bad_lines="drop") != identity(path)
     (tmp_path / "train.jsonl").write_text('{"sentence": "a", "label": 1}\n{"sentence"\n["b", 1]\n')
     corpus = files(tmp_path / "train.jsonl", bad_lines="drop")
     assert read(corpus) == [("a", None, "1")]
@@ -127,12 +141,24 @@ def test_missing_splits_are_held_out_and_equal_sentences_share_one(tmp_path: Pat
 def test_identity_follows_the_content_and_the_options(tmp_path: Path) -> None:
     path = write_table(tmp_path / "train.tsv", "sentence|label", "Good.|1")
     moved = write_table(tmp_path / "elsewhere" / "other.tsv", "sentence|label", "Good.|1")
-    same = files(path).identity()
-    assert files(moved).identity() == same
-    assert files(path, ColumnChoice("sentence", None, None)).identity() != same
-    assert files(path, header=["a", "b"]).identity() != same
+    same = identity(path)
+    assert identity(moved) == same
+    assert identity(path, ColumnChoice("sentence", None, None)) != same
+    assert identity(path, header=["a", "b"]) != same
     write_table(path, "sentence|label", "Good.|0")
-    assert files(path).identity() != same
+    assert identity(path) != same
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_rows_that_are_also_trained_on_are_refused(tmp_path: Path, split: str) -> None:
+    train, copy, other = (
+        str(write_table(tmp_path / f"{name}.tsv", "sentence|label", line))
+        for name, line in (("train", "Good.|1"), ("copy", "Good.|1"), ("other", "Good.|0"))
+    )
+    given = {"val": other, "test": other, split: copy}
+    with pytest.raises(ConfigError, match=rf"^data.{split}: .*copy.tsv is also trained on, as .*train.tsv of data.tr"):
+        LabelledFiles(train, columns=AUTO, **given).identity()
+    assert LabelledFiles(train, other, other, AUTO).identity()
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,20 @@ class TestFiles:
         with pytest.raises(ConfigError, match=r"t.up, line 2: not UTF-8 \(invalid continuation byte\); convert it"):
             read(ParallelFiles("en", "up", stem, stem, stem), "train")
 
+    def test_a_byte_order_mark_is_no_text(self, tmp_path: Path) -> None:
+        stem = write(tmp_path / "t", ["\ufeffa", "b"], ["\ufeffA", "B"])
+        assert read(ParallelFiles("en", "up", stem, stem, stem), "train") == [Pair("a", "A"), Pair("b", "B")]
+
+    @pytest.mark.parametrize("split", ["val", "test"])
+    def test_pairs_that_are_also_trained_on_are_refused(self, tmp_path: Path, split: str) -> None:
+        stem, copy = (write(tmp_path / name, ["a"], ["A"]) for name in ("t", "copy"))
+        with pytest.raises(
+            ConfigError, match=rf"^data.{split}: .*copy.en with .*copy.up is also trained on, as .*t.en with .*t.up of"
+        ):
+            ParallelFiles("en", "up", stem, **{split: copy}).identity()
+        other = write(tmp_path / "copy", ["a"], ["B"])  # another translation of the same text
+        assert ParallelFiles("en", "up", stem, other, other).identity()
+
     def test_a_missing_file_is_refused_with_what_was_looked_for(self, tmp_path: Path) -> None:
         stem = write(tmp_path / "t", ["a"], ["A"])
         with pytest.raises(ConfigError, match=r"data.train=.*t and data.target=de: there is neither .*t.de nor .*.gz"):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from evomoe.data.pairs.corpus import Pair, PairCorpus
 from evomoe.data.pairs.store import PairStore
-from evomoe.data.tokenizer import Tokenizer
+from evomoe.data.tokenizer import Sample, Tokenizer
 from evomoe.errors import ConfigError
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), min_size=1).filter(str.strip)
@@ -45,6 +45,14 @@ def test_every_text_comes_back_whatever_its_characters(
     texts = [tuple(decode(side.tolist()) for side in found[number]) for number in range(len(found))]
     assert texts == pairs
     assert store.pairs("train").ids().tolist() == [token for pair in pairs for text in pair for token in encode(text)]
+
+
+def test_the_tokenizer_learns_from_pairs_of_the_whole_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evomoe.data.pairs.store.Sample", lambda: Sample(limit=2000))
+    pairs = [Pair(f"red {number}", "rot") for number in range(500)] + [Pair("green", "gruen")] * 500
+    store = PairStore(PairStore.build(Given(pairs), 300, tmp_path))
+    lengths = {word: len(store.tokenizer.encode(word)) for word in ("red", "rot", "green", "gruen")}
+    assert lengths == {"red": 1, "rot": 1, "green": 1, "gruen": 1}
 
 
 def test_counts_and_lengths(tmp_path: Path) -> None:

@@ -48,6 +48,23 @@ def test_rows_as_lines_are_running_text(folder: Path) -> None:
     assert read(corpus, "val") == [("validation text 0\nvalidation text 1\n\n", True)]
 
 
+@pytest.mark.parametrize("rows", ["documents", "lines"])
+def test_rows_without_text_are_left_out_and_counted(folder: Path, rows: str) -> None:
+    (folder / "test.jsonl").write_text('{"body": "one"}\n{"body": null}\n{"body": ""}\n{"body": "two"}\n')
+    corpus = HubCorpus(str(folder), text_field="body", rows=rows)
+    for _ in range(2):  # reading again does not count again
+        text = "".join(piece.text for piece in read(corpus, "test"))
+    assert (text, corpus.notes()) == {
+        "documents": ("onetwo", {"blank rows left out of test": 2}),
+        "lines": ("one\n\ntwo\n", {"blank rows left out of test": 1}),
+    }[rows]
+
+
+def test_a_column_of_numbers_is_no_text(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.test=test of .*, row 1: label is 0, not text; set data.text_field$"):
+        read(HubCorpus(str(folder), text_field="label"), "test")
+
+
 def test_missing_splits_are_held_out(folder: Path) -> None:
     corpus = HubCorpus(str(folder), text_field="body", val=None, test=None, holdout=0.2)
     parts = [{piece.text for piece in read(corpus, split)} for split in SPLITS]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from itertools import chain
 from pathlib import Path
 
@@ -65,6 +66,36 @@ class TestFormats:
         assert documents(read(corpus, "train")) == ["row", "a.txt\n", "b.txt\n", "c[1].txt\n"]
         assert documents(read(corpus, "val")) == ["c[1].txt\n"]
 
+    @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+    def test_a_text_without_line_ends_is_read_in_bounded_memory_and_held_out(self, tmp_path: Path, name: str) -> None:
+        text = " ".join(f"wörd{number}" for number in range(400_000))
+        corpus = TextFileCorpus(write(tmp_path / name, text), holdout=0.1)
+        parts = {split: [piece.text for piece in read(corpus, split)] for split in SPLITS}
+        assert all(parts.values())
+        assert sorted("".join(chain.from_iterable(parts.values())).split()) == sorted(text.split())
+        with Progress(disable=True) as progress:
+            tracemalloc.start()
+            try:
+                assert sum(len(piece.text) for piece in corpus._read("train", progress)) == len(text)
+                peak = tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+        assert peak < len(text) / 4
+
+    @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+    def test_a_byte_order_mark_is_no_text(self, tmp_path: Path, name: str) -> None:
+        text = rows("one", "\ufefftwo") if name == "a.jsonl" else "one\n"
+        path = write(tmp_path / name, f"\ufeff{text}")
+        found = documents(read(TextFileCorpus(path, path, path), "train"))
+        assert found == (["one", "\ufefftwo"] if name == "a.jsonl" else ["one\n"])
+
+    def test_half_a_pair_of_surrogates_is_replaced(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.jsonl", '{"text": "cut \\ud83d"}\n{"text": "\\ude00 \\ud83d\\ude00"}\n')
+        other = write(tmp_path / "b.txt", "other\n")
+        corpus = TextFileCorpus(path, other, other)
+        assert documents(read(corpus, "train")) == ["cut \ufffd", "\ufffd \U0001f600"]
+        assert TokenStore(TokenStore.build(corpus, 300, tmp_path / "cache")).sizes["train"].documents == 2
+
 
 class TestHoldOut:
     def test_of_rows(self, tmp_path: Path) -> None:
@@ -98,11 +129,12 @@ class TestIdentity:
         one = write(tmp_path / "one.txt", "same\n")
         two = write(tmp_path / "two.txt", "same\n")
         other = write(tmp_path / "other.txt", "other\n")
-        identity = TextFileCorpus(one, one, one).identity()
-        assert TextFileCorpus(two, one, two, holdout=0.1).identity() == identity
-        assert TextFileCorpus(one, one, other).identity() != identity
-        assert TextFileCorpus(one, one).identity() != TextFileCorpus(one, one, holdout=0.1).identity()
-        assert TextFileCorpus([one, other], one).identity() != TextFileCorpus([other, one], one).identity()
+        val, moved, test = (write(tmp_path / name, name[0]) for name in ("val.txt", "v.txt", "test.txt"))
+        identity = TextFileCorpus(one, val, val).identity()
+        assert TextFileCorpus(two, moved, val, holdout=0.1).identity() == identity
+        assert TextFileCorpus(one, val, test).identity() != identity
+        assert TextFileCorpus(one, val).identity() != TextFileCorpus(one, val, holdout=0.1).identity()
+        assert TextFileCorpus([one, other], val).identity() != TextFileCorpus([other, one], val).identity()
 
     def test_a_row_file_is_not_the_text_file_of_equal_bytes(self, tmp_path: Path) -> None:
         text, table = (write(tmp_path / name, rows("a", "b")) for name in ("a.txt", "a.jsonl"))
@@ -110,6 +142,20 @@ class TestIdentity:
 
 
 class TestErrors:
+    @pytest.mark.parametrize("split", ["val", "test"])
+    def test_a_file_that_is_also_trained_on(self, tmp_path: Path, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("a.txt", "b.txt", "c.txt"):
+            write(tmp_path / name, f"{name}\n")
+        write(tmp_path / "copy.txt.other", "b.txt\n")
+        (tmp_path / "copy.txt.other").rename(tmp_path / "copy.gz")  # another name for the content of b.txt
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ConfigError) as caught:
+            TokenStore.build(TextFileCorpus("*.txt", **{split: "copy.gz"}), 300, tmp_path / "cache")
+        assert str(caught.value) == (
+            f"data.{split}: copy.gz is also trained on, as b.txt of data.train; leave it out of one of them"
+        )
+        assert not (tmp_path / "cache").exists()
+
     def test_missing_file(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"^data.val=.*nowhere\*.txt is no file and matches none"):
             TextFileCorpus(write(tmp_path / "a.txt", "a"), val=str(tmp_path / "nowhere*.txt"))
@@ -126,6 +172,11 @@ class TestErrors:
     def test_wrong_encoding(self, tmp_path: Path, name: str) -> None:
         path = write(tmp_path / name, b"fine\n" * 2000 + b"caf\xe9 au lait\n" + b"fine\n")
         with pytest.raises(ConfigError, match=rf"{name}, line 2001: not UTF-8 \(invalid continuation byte\)"):
+            read(TextFileCorpus(path), "train")
+
+    def test_a_character_that_is_cut_off_at_the_end(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.txt", b"fine\n" + b"word " * 40_000 + b"caf\xc3")
+        with pytest.raises(ConfigError, match=r"a.txt, line 2: not UTF-8 \(unexpected end of data\)"):
             read(TextFileCorpus(path), "train")
 
     def test_damaged_gzip(self, tmp_path: Path) -> None:
@@ -179,7 +230,7 @@ class TestErrors:
     ids=["short", "short with val", "empty", "blank"],
 )
 def test_a_short_text_is_told_from_an_empty_one(tmp_path: Path, text: str, given: list[str], message: str) -> None:
-    path = write(tmp_path / "a.txt", text)
+    path, other = write(tmp_path / "a.txt", text), write(tmp_path / "b.txt", "Another text.\n")
     with pytest.raises(ConfigError) as caught:
-        TokenStore.build(TextFileCorpus(path, **dict.fromkeys(given, path)), 300, tmp_path / "cache")
+        TokenStore.build(TextFileCorpus(path, **dict.fromkeys(given, other)), 300, tmp_path / "cache")
     assert str(caught.value) == message

@@ -52,7 +52,10 @@ def test_batches(tmp_path: Path) -> None:
 
 def test_units_count_what_evaluation_scores(tmp_path: Path) -> None:
     data = ready(tmp_path)
-    scored = torch.cat([batch["tokens"][:, 1:][batch["valid"]] for batch in data.test_dataloader()])
+    windows = data.test_dataloader().dataset
+    scored = torch.cat([windows[index]["tokens"][1:][windows[index]["valid"]] for index in range(len(windows))])
+    shown = torch.cat([batch["tokens"][:, 1:][batch["valid"]] for batch in data.test_dataloader()])
+    assert sorted(shown.tolist()) == sorted(scored.tolist())
     texts = data.tokenizer.decode(scored.tolist()).split("<|endoftext|>")
     assert texts.pop() == ""
     assert len(texts) == 5

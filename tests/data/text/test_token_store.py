@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import signal
@@ -16,7 +17,7 @@ from rich.progress import Progress
 
 from evomoe.data.corpus import fingerprint
 from evomoe.data.text.corpus import Corpus, Piece
-from evomoe.data.text.store import TokenStore, _encode, _Sample
+from evomoe.data.text.store import TokenStore, _encode
 from evomoe.data.tokenizer import Tokenizer
 from evomoe.errors import ConfigError
 
@@ -98,7 +99,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path, error: type[BaseExcep
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_build_leaves_no_half_cache(tmp_path: Path) -> None:
+def test_a_killed_build_leaves_no_half_cache_and_the_next_one_clears_up(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
@@ -121,6 +122,20 @@ def test_a_killed_build_leaves_no_half_cache(tmp_path: Path) -> None:
 
     store = TokenStore(TokenStore.build(FixedCorpus(), 300, tmp_path))
     assert store.sizes["test"].words == 2
+    assert [path.name for path in tmp_path.iterdir()] == [fingerprint(store.identity)]
+
+
+def test_on_a_file_system_without_locks_no_draft_is_taken_for_abandoned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(handle: int, operation: int) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    draft = tmp_path / f".{fingerprint(TokenStore.identity_of(FixedCorpus(), 300))}.0"
+    draft.mkdir()
+    directory = TokenStore.build(FixedCorpus(), 300, tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([draft, directory])
 
 
 def test_of_builds_at_once_one_wins_and_all_can_use_it(tmp_path: Path) -> None:
@@ -151,6 +166,9 @@ def test_of_builds_at_once_one_wins_and_all_can_use_it(tmp_path: Path) -> None:
         (lambda folder: (folder / "val.bin").write_bytes(b"\0\0"), r"val.bin has 2 bytes, not \d+"),
         (lambda folder: (folder / "train.bin").unlink(), "No such file"),
         (lambda folder: (folder / "meta.json").write_text("{"), "Expecting property name"),
+        (lambda folder: (folder / "meta.json").write_text("{}"), "meta.json lacks 'identity'"),
+        (lambda folder: (folder / "meta.json").write_text("[]"), "list indices must be"),
+        (lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0", "tru'), "no tokenizer: EOF while"),
     ],
 )
 def test_a_damaged_cache_is_refused(tmp_path: Path, damage: Any, message: str) -> None:
@@ -208,16 +226,13 @@ def test_pieces_are_encoded_alike_in_one_batch_or_many(tmp_path: Path, monkeypat
     assert (whole.documents, whole.words) == (17, 100)
 
 
-def test_the_sample_is_even_and_within_the_limit() -> None:
-    sample = _Sample(limit=100)
-    for number in range(1000):
-        sample.add(f"{number:03d}")
-    # 333 texts of 3 characters would be 100 in all; the next power of two below is every 32nd.
-    assert sample.texts == [f"{number:03d}" for number in range(0, 1000, 32)]
-    small = _Sample(limit=100)
-    for number in range(33):
-        small.add(f"{number:03d}")
-    assert len(small.texts) == 33
+def test_the_locale_is_nothing_to_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_default(plain: Any) -> Any:
+        return lambda *args, encoding="ascii": plain(*args, encoding=encoding)
+
+    for name in ("read_text", "write_text"):
+        monkeypatch.setattr(Path, name, with_default(getattr(Path, name)))
+    assert TokenStore(TokenStore.build(FixedCorpus(), 300, tmp_path)).sizes["val"].words == 1
 
 
 def test_a_given_tokenizer_encodes_and_names_the_folder(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from evomoe.data.sampling import (
 from evomoe.errors import ConfigError
 
 NO_AUGMENTATION = Augmentation()
+_IMAGES_AT_ONCE = 256  # whose pixels are counted as 64-bit integers
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
@@ -169,12 +170,15 @@ class ImageDataModule(LightningDataModule):
     def _moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Exact, from the counts of the 256 values of a pixel."""
         values = np.arange(256) / 255
-        planes = self.images.splits["train"].images.swapaxes(0, 1)
-        counts = np.stack([np.bincount(plane.ravel(), minlength=256) for plane in planes])  # (C, 256)
+        images = self.images.splits["train"].images
+        counts = np.zeros((images.shape[1], 256), np.int64)  # (C, 256)
+        for start in range(0, len(images), _IMAGES_AT_ONCE):
+            planes = images[start : start + _IMAGES_AT_ONCE].swapaxes(0, 1)
+            counts += [np.bincount(plane.ravel(), minlength=256) for plane in planes]
         shares = counts / counts.sum(axis=1, keepdims=True)
         mean = shares @ values
         variance = (shares * (values - mean[:, None]) ** 2).sum(axis=1)
-        return mean, np.where(np.ptp(planes, axis=(1, 2, 3)) > 0, np.sqrt(variance), 1.0)
+        return mean, np.where(np.count_nonzero(counts, axis=1) > 1, np.sqrt(variance), 1.0)
 
     @cached_property
     def identity(self) -> dict[str, Any]:

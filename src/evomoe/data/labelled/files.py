@@ -13,7 +13,7 @@ from rich.progress import Progress
 from evomoe.data.corpus import SPLITS, HoldOut, track
 from evomoe.data.hub import HubDataset
 from evomoe.data.labelled.corpus import ColumnChoice, LabelledCorpus, Row
-from evomoe.data.text.files import digest, lines
+from evomoe.data.text.files import digest, lines, refuse_overlap, without_surrogates
 from evomoe.errors import ConfigError
 
 BAD_LINES = ("refuse", "drop")
@@ -65,7 +65,7 @@ class LabelledFiles(LabelledCorpus):
         """Return the options and the digests of the files' contents: moving or renaming a file changes nothing."""
         return {
             "corpus": "labelled_files",
-            "corpus_format": 1,
+            "corpus_format": 2,
             "columns": self._columns.identity(),
             "header": self._header,
             "holdout": self._holdout.identity,
@@ -76,7 +76,9 @@ class LabelledFiles(LabelledCorpus):
 
     @cached_property
     def _digests(self) -> dict[str, str]:
-        return {split: digest(file) for split, file in self._files.items()}
+        digests = {split: digest(file) for split, file in self._files.items()}
+        refuse_overlap({split: [(self._files[split], content)] for split, content in digests.items()})
+        return digests
 
     def notes(self) -> dict[str, int]:
         """Return how many rows and lines were left out, by split and by file; complete once all are read."""
@@ -108,8 +110,7 @@ class LabelledFiles(LabelledCorpus):
         file = self._files[split]
         header = self._header
         for number, line in enumerate(lines(file), start=1):
-            text = line.removeprefix("\ufeff") if number == 1 else line
-            fields = text.rstrip("\r\n").split("\t")
+            fields = line.rstrip("\r\n").split("\t")
             if header is None:
                 header = fields
             elif len(fields) != len(header):
@@ -215,7 +216,7 @@ def _text(record: Mapping[str, Any], column: str, place: str) -> str:
     value = record[column]
     if not isinstance(value, str | int | float):
         raise ConfigError(f"{place}: {column} is {value!r}, neither text nor a number")
-    return str(value)
+    return without_surrogates(str(value))
 
 
 def _find(split: str, given: str) -> Path:

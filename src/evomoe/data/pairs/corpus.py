@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from evomoe.data.corpus import SPLITS, HoldOut, ItemCorpus, track
 from evomoe.data.hub import HubDataset
-from evomoe.data.text.files import digest, lines
+from evomoe.data.text.files import digest, lines, refuse_overlap
 from evomoe.errors import ConfigError
 
 _REPORT_EVERY = 1000  # lines between two movements of a bar
@@ -86,7 +86,7 @@ class ParallelFiles(PairCorpus):
         """Return the digests of the files' contents: moving or renaming a file changes nothing."""
         return {
             "corpus": "parallel_files",
-            "corpus_format": 1,
+            "corpus_format": 2,
             "source": self.source,
             "target": self.target,
             "holdout": self._holdout.identity,
@@ -95,7 +95,10 @@ class ParallelFiles(PairCorpus):
 
     @cached_property
     def _digests(self) -> dict[str, list[str]]:
-        return {split: [digest(file) for file in files] for split, files in self._files.items()}
+        digests = {split: [digest(file) for file in files] for split, files in self._files.items()}
+        names = {split: f"{source} with {target}" for split, (source, target) in self._files.items()}
+        refuse_overlap({split: [(names[split], " ".join(pair))] for split, pair in digests.items()})
+        return digests
 
     def _read(self, split: str, progress: Progress) -> Iterator[Pair]:
         return self._holdout.read(split, partial(self._lines, progress=progress), attrgetter("source"))

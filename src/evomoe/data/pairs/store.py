@@ -21,10 +21,9 @@ from evomoe.data.corpus import SPLITS
 from evomoe.data.encoding import TokenFile, check_length, id_dtype
 from evomoe.data.pairs.corpus import Pair, PairCorpus
 from evomoe.data.store import Store
-from evomoe.data.tokenizer import Tokenizer
+from evomoe.data.tokenizer import Sample, Tokenizer
 from evomoe.errors import ConfigError
 
-_SAMPLED_PAIRS = 1_000_000  # of the training split that the tokenizer learns from
 _PAIRS_AT_ONCE = 10_000  # that are encoded at once
 
 
@@ -82,7 +81,7 @@ class PairFile:
 class PairStore(Store):
     """The encoded splits of a parallel corpus, see :class:`~evomoe.data.store.Store`."""
 
-    format: ClassVar[dict[str, int]] = {"pair_store_format": 1}
+    format: ClassVar[dict[str, int]] = {"pair_store_format": 2}
 
     def _open(self, meta: dict[str, Any]) -> None:
         self.counts = {split: PairCount(**count) for split, count in meta["splits"].items()}
@@ -107,8 +106,10 @@ class PairStore(Store):
         tokenizer: Tokenizer | None,
     ) -> tuple[Tokenizer, dict[str, Any]]:
         if tokenizer is None:
-            sample = islice(corpus.items("train", progress), _SAMPLED_PAIRS)
-            tokenizer = Tokenizer.train((text for pair in sample for text in pair), vocab_size)
+            sample = Sample()
+            for pair in corpus.items("train", progress):
+                sample.add(*pair)
+            tokenizer = Tokenizer.train(sample.texts, vocab_size)
         dtype = id_dtype(tokenizer)
         counts = {}
         for split in SPLITS:

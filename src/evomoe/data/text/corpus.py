@@ -14,6 +14,9 @@ from evomoe.data.corpus import HoldOut, SplitCorpus
 # the unit that is held out when a corpus has no validation file. Part of the format of the cache.
 BLOCK_CHARACTERS = 4096
 
+# A line of more characters, as of a text without line ends, is cut into blocks as well. Part of the format too.
+LONGEST_LINE = 65_536
+
 
 class Piece(NamedTuple):
     """A part of a document, in reading order; `ends_document` says whether the next piece opens another document."""
@@ -39,10 +42,14 @@ class Corpus(SplitCorpus):
 
 
 def blocks(lines: Iterable[str]) -> Iterator[Piece]:
-    """Gather the lines of one document (each with its line end) into blocks of at least `BLOCK_CHARACTERS`."""
+    """Gather the lines of one document into blocks of at least `BLOCK_CHARACTERS`.
+
+    Args:
+        lines: Each with its line end; a long one may come in several parts.
+    """
     block: list[str] = []
     size = 0
-    for line in lines:
+    for line in _cut(lines):
         if size >= BLOCK_CHARACTERS:
             yield Piece("".join(block), ends_document=False)
             block, size = [], 0
@@ -50,6 +57,28 @@ def blocks(lines: Iterable[str]) -> Iterator[Piece]:
         size += len(line)
     if block:
         yield Piece("".join(block), ends_document=True)
+
+
+def _cut(lines: Iterable[str]) -> Iterator[str]:
+    """Cut what exceeds `LONGEST_LINE` before the first blank that completes a block, or else where the block is full.
+
+    A blank stays with the word behind it, which byte-level BPE then encodes as in the whole line.
+    """
+    rest = ""
+    for part in lines:
+        rest += part
+        start = 0
+        while len(rest) - start > LONGEST_LINE:
+            full = start + BLOCK_CHARACTERS
+            end = max(rest.find(" ", full, start + LONGEST_LINE), full)
+            yield rest[start:end]
+            start = end
+        rest = rest[start:]
+        if rest.endswith("\n"):
+            yield rest
+            rest = ""
+    if rest:
+        yield rest
 
 
 def select(holdout: HoldOut, split: str, read: Callable[[str], Iterator[Piece]]) -> Iterator[Piece]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import hashlib
 import json
+import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +21,8 @@ from evomoe.data.text.corpus import Corpus, Piece, blocks, select
 from evomoe.errors import ConfigError
 
 _SUFFIXES = (".txt", ".txt.gz", ".gz", ".jsonl", ".jsonl.gz")
+_PART_BYTES = 1 << 16  # of a line of running text that are read at once
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class TextFileCorpus(Corpus):
@@ -51,7 +55,7 @@ class TextFileCorpus(Corpus):
 
     def identity(self) -> dict[str, Any]:
         """Return the digests of the files' contents: moving or renaming a file changes nothing."""
-        return {"corpus": "text_files", "corpus_format": 1, **self._options, "files": self._digests}
+        return {"corpus": "text_files", "corpus_format": 2, **self._options, "files": self._digests}
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -62,7 +66,9 @@ class TextFileCorpus(Corpus):
 
     @cached_property
     def _digests(self) -> dict[str, list[str]]:
-        return {split: [digest(file) for file in files] for split, files in self._files.items()}
+        digests = {split: [digest(file) for file in files] for split, files in self._files.items()}
+        refuse_overlap({split: zip(files, digests[split], strict=True) for split, files in self._files.items()})
+        return digests
 
     def pieces(self, split: str, progress: Progress) -> Iterator[Piece]:
         """Read the files of a split in the order given, those of one pattern sorted by path."""
@@ -74,7 +80,7 @@ class TextFileCorpus(Corpus):
             if _is_json(file):
                 yield from _rows(file, self._text_field)
             else:
-                yield from blocks(lines(file))
+                yield from blocks(lines(file, _PART_BYTES))
 
 
 def _find(split: str, paths: str | Sequence[str]) -> list[Path]:
@@ -111,24 +117,54 @@ def digest(file: Path) -> str:
     return content.hexdigest()
 
 
-def lines(file: Path) -> Iterator[str]:
-    """Yield the lines of a text file, compressed or not, each with its line end.
+def refuse_overlap(files: Mapping[str, Iterable[tuple[object, str]]]) -> None:
+    """Refuse files of validation and test that are also trained on; the two may share some.
+
+    Args:
+        files: Name and digest of those of each split.
+
+    Raises:
+        ConfigError: One has the content of a training file.
+    """
+    trained = {content: file for file, content in files["train"]}
+    for split in ("val", "test"):
+        for file, content in files.get(split, ()):
+            if content in trained:
+                raise ConfigError(
+                    f"data.{split}: {file} is also trained on, as {trained[content]} of data.train; leave it out of "
+                    "one of them"
+                )
+
+
+def lines(file: Path, part_bytes: int = -1) -> Iterator[str]:
+    """Yield the lines of a text file, compressed or not, each with its line end, and without a byte order mark.
+
+    Args:
+        file: The file.
+        part_bytes: Most bytes in memory of a line, which then comes in several parts; -1 for whole lines.
 
     Raises:
         ConfigError: A line is not UTF-8, or the compressed file is damaged.
     """
-    number = 0
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    number = 0  # lines that were read
     try:
         with _open(file) as stream:
-            for line in stream:
-                number += 1
-                yield line.decode("utf-8")
+            while part := stream.readline(part_bytes):
+                yield decoder.decode(part)
+                number += part.endswith(b"\n")
+            decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{file}, line {number}: not UTF-8 ({error.reason}); convert it, for example with iconv -t utf-8"
+            f"{file}, line {number + 1}: not UTF-8 ({error.reason}); convert it, for example with iconv -t utf-8"
         ) from error
     except (EOFError, OSError, zlib.error) as error:
         raise ConfigError(f"{file}, after line {number}: cannot be read ({error})") from error
+
+
+def without_surrogates(text: str) -> str:
+    """Return the text with U+FFFD for each half of a pair of surrogates, which JSON can write and UTF-8 cannot."""
+    return _LONE_SURROGATE.sub("\ufffd", text)
 
 
 def _rows(file: Path, text_field: str) -> Iterator[Piece]:
@@ -147,4 +183,4 @@ def _rows(file: Path, text_field: str) -> Iterator[Piece]:
                 f"{file}, line {number}: no text in field {text_field!r} (found: {fields}); set data.text_field"
             )
         if row[text_field].strip():
-            yield Piece(row[text_field], ends_document=True)
+            yield Piece(without_surrogates(row[text_field]), ends_document=True)

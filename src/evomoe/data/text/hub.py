@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from evomoe.data.corpus import HoldOut, track
+from evomoe.data.corpus import SPLITS, HoldOut, track
 from evomoe.data.hub import HubDataset
 from evomoe.data.text.corpus import Corpus, Piece, blocks, select
 from evomoe.errors import ConfigError
@@ -16,6 +16,8 @@ from evomoe.errors import ConfigError
 
 class HubCorpus(Corpus):
     """A data set of the Hub, or a local folder of JSON, Parquet or CSV files, with a text column.
+
+    Rows without a text, as sets from the web have them, are left out and counted, and so are blank documents.
 
     Args:
         name: Name on the Hub, or path of a folder.
@@ -52,12 +54,17 @@ class HubCorpus(Corpus):
         self._text_field = text_field
         self._rows = rows
         self._holdout = HoldOut(self._hub.missing, holdout, "SPLIT")
+        self._blank = dict.fromkeys(SPLITS, 0)
+
+    def notes(self) -> dict[str, int]:
+        """Return how many rows were left out, by split; complete once every split is read."""
+        return {f"blank rows left out of {split}": count for split, count in self._blank.items() if count}
 
     def identity(self) -> dict[str, Any]:
         """Return the options and the hash that `datasets` gives this revision of the data."""
         return {
             "corpus": "hub",
-            "corpus_format": 1,
+            "corpus_format": 2,
             **self._hub.identity(),
             "text_field": self._text_field,
             "rows": self._rows,
@@ -72,7 +79,7 @@ class HubCorpus(Corpus):
         texts = self._texts(split, progress)
         if self._rows == "lines":
             return blocks(text if text.endswith("\n") else text + "\n" for text in texts)
-        return (Piece(text, ends_document=True) for text in texts if text.strip())
+        return (Piece(text, ends_document=True) for text in texts)
 
     def _texts(self, split: str, progress: Progress) -> Iterator[str]:
         table = self._hub.table(split)
@@ -82,4 +89,16 @@ class HubCorpus(Corpus):
                 f"{table.column_names}"
             )
         rows = table.select_columns([self._text_field])
-        return (row[self._text_field] for row in track(progress, rows, len(rows), f"reading {split}"))
+        self._blank[split] = 0
+        for number, row in enumerate(track(progress, rows, len(rows), f"reading {split}"), start=1):
+            text = row[self._text_field]
+            if not isinstance(text, str | None):
+                raise ConfigError(
+                    f"{self._hub.describe(split)}, row {number}: {self._text_field} is {text!r}, not text; set "
+                    "data.text_field"
+                )
+            # Between the lines of running text a blank one separates paragraphs.
+            if text is None or (self._rows == "documents" and not text.strip()):
+                self._blank[split] += 1
+            else:
+                yield text

@@ -21,10 +21,9 @@ from evomoe.data.corpus import SPLITS
 from evomoe.data.encoding import TokenFile, check_length, id_dtype
 from evomoe.data.store import Store
 from evomoe.data.text.corpus import Corpus, Piece
-from evomoe.data.tokenizer import Tokenizer
+from evomoe.data.tokenizer import Sample, Tokenizer
 from evomoe.errors import ConfigError
 
-_SAMPLE_CHARACTERS = 50_000_000  # of training text that the tokenizer learns from
 _BATCH_CHARACTERS = 1_000_000  # of text that is encoded at once
 
 
@@ -63,7 +62,7 @@ class TokenStore(Store):
         tokenizer: Tokenizer | None,
     ) -> tuple[Tokenizer, dict[str, Any]]:
         # All splits are read once before the long work, which an empty one would spoil at its end.
-        sample = _Sample(_SAMPLE_CHARACTERS)
+        sample = Sample()
         characters = dict.fromkeys(SPLITS, 0)
         for split in SPLITS:
             blank = True
@@ -87,27 +86,6 @@ class TokenStore(Store):
             pieces = _advance(corpus.pieces(split, progress), progress, task)
             sizes[split] = asdict(_encode(pieces, tokenizer, draft / f"{split}.bin", dtype))
         return tokenizer, {"dtype": dtype, "splits": sizes}
-
-
-class _Sample:
-    """An even sample of a stream of texts: every first, then every second, fourth, ... as the limit is met."""
-
-    def __init__(self, limit: int) -> None:
-        self.texts: list[str] = []
-        self._limit = limit
-        self._characters = 0
-        self._stride = 1
-        self._position = 0
-
-    def add(self, text: str) -> None:
-        if self._position % self._stride == 0:
-            self.texts.append(text)
-            self._characters += len(text)
-        self._position += 1
-        while self._characters > self._limit and len(self.texts) > 1:
-            self.texts = self.texts[::2]
-            self._characters = sum(map(len, self.texts))
-            self._stride *= 2
 
 
 def _advance(pieces: Iterable[Piece], progress: Progress, task: TaskID) -> Iterator[Piece]:

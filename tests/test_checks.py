@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.programs import CONFIGS, compose
+from lightning.pytorch.accelerators import CUDAAccelerator
 
-from evomoe.checks import check_accelerator, check_parts, check_share, check_trainer
+from evomoe.checks import check_accelerator, check_parts, check_share, check_trainer, check_validation
 from evomoe.errors import ConfigError
 from evomoe.tasks import LanguageModeling, MoETask
 
@@ -81,11 +83,67 @@ def test_a_class_that_cannot_be_imported_is_named():
         ("trainer.val_check_interval=1.5", "val_check_interval=1.5: expected a number of batches of at least 1, or a"),
         ("trainer.gradient_clip_val=-1", "gradient_clip_val=-1: expected a number above 0, or null"),
         ("trainer.accelerator=gpuu", "accelerator=gpuu is unknown: expected cpu, gpu or auto"),
+        ("trainer.devices=two", r"devices=two: expected a number of devices, a list such as \[0,1\], or auto"),
+        ("+trainer.num_nodes=two", "num_nodes=two: expected a whole number of at least 1"),
+        ("+trainer.limit_train_batches=all", "limit_train_batches=all: expected a number of batches of at least 1"),
+        ("+trainer.overfit_batches=1.5", "overfit_batches=1.5: expected a number of batches of at least 1"),
     ],
 )
 def test_options_that_lightning_stumbles_over_later_are_refused(override, message):
     with pytest.raises(ConfigError, match=f"^trainer.{message}"):
         check_trainer(compose("experiment=gpt_dts", override, run_dir=Path("run")).trainer)
+
+
+def test_a_run_without_end_is_refused():
+    with pytest.raises(ConfigError, match=r"^the run has no end: set trainer\.max_steps=1000 or trainer\.max_epochs=2"):
+        check_trainer(compose("trainer.max_steps=-1", run_dir=Path("run")).trainer)
+    check_trainer(compose("trainer.max_steps=-1", "trainer.max_epochs=2", run_dir=Path("run")).trainer)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.devices=2"], "devices=2 means 2 processes, .*: add trainer=ddp trainer.devices=2$"),
+        (["trainer.devices=[0,3]"], r"devices=\[0,3\] means 2 .*: add trainer=ddp trainer.devices=\[0,3\]$"),
+        (["trainer.devices='0,1,2'"], "devices=0,1,2 means 3 processes"),
+        (["trainer.devices=auto"], "devices=auto means 8 processes"),
+        (["+trainer.num_nodes=2"], r"devices=1 \+trainer.num_nodes=2 means 2 processes"),
+        (["trainer.devices=2", "+trainer.strategy=auto"], "devices=2 means 2 processes"),
+    ],
+)
+def test_several_processes_need_a_strategy(monkeypatch, overrides, message):
+    monkeypatch.setattr(CUDAAccelerator, "auto_device_count", lambda: 8)
+    with pytest.raises(ConfigError, match=f"^trainer.{message}"):
+        check_trainer(compose(*overrides, run_dir=Path("run")).trainer)
+    chosen = [override for override in overrides if "strategy" not in override]
+    check_trainer(compose("trainer=ddp", *chosen, run_dir=Path("run")).trainer)
+
+
+@pytest.mark.parametrize("devices", ["1", "auto", "-1", "[0]", "'0,'"])
+def test_one_process_needs_none(monkeypatch, devices):
+    monkeypatch.setattr(CUDAAccelerator, "auto_device_count", lambda: 0)
+    check_trainer(compose(f"trainer.devices={devices}", run_dir=Path("run")).trainer)
+
+
+@pytest.mark.parametrize(
+    ("override", "batches"),
+    [
+        ("trainer.devices=1", 20),
+        ("trainer.devices=2", 10),
+        ("+trainer.limit_train_batches=7", 7),
+        ("+trainer.limit_train_batches=70", 20),
+        ("+trainer.limit_train_batches=0.25", 5),
+        ("+trainer.overfit_batches=3", 3),
+    ],
+)
+def test_a_validation_beyond_the_end_of_an_epoch_is_refused(override, batches):
+    data = SimpleNamespace(train_dataloader=lambda: range(20))
+    within = ["trainer.check_val_every_n_epoch=1", override]
+    check_validation(compose(*within, f"trainer.val_check_interval={batches}", run_dir=Path("run")).trainer, data)
+    with pytest.raises(ConfigError, match=f"val_check_interval={batches + 1} is more than the {batches} batches of an"):
+        check_validation(
+            compose(*within, f"trainer.val_check_interval={batches + 1}", run_dir=Path("run")).trainer, data
+        )
 
 
 @pytest.mark.parametrize("value", [0, -1, 0.0, 1.5, "all", True])

@@ -14,6 +14,7 @@ from evomoe.cli import (
     check_missing,
     check_overrides,
     check_types,
+    drop_empty_choices,
     instantiate,
     is_multirun,
     nearest_key,
@@ -43,13 +44,21 @@ def refusal(*arguments: str, config: str = "train") -> str:
         ("routr=switch", "routr=switch: there is no key 'routr'; did you mean 'router'?"),
         ("optimization.warmup=1", "there is no key 'optimization.warmup'; did you mean 'task.optimization.warmup'?"),
         ("router.gate.tresholdd=1", "did you mean 'router.gate.threshold'?"),
-        ("task.optimization.lr=1", "'task.optimization.lr'; expected one of beta1, beta2, eps, learning_rate,"),
+        ("task.optimization.lr=1", "'task.optimization.lr'; expected one of beta1, beta2,"),
         ("~callbacks.sample", "'callbacks.sample' does not exist"),
         ("+seed=3", "An item is already at 'seed'"),
         ("trainer.max_steps=ten", "trainer.max_steps=ten: expected a number, as in trainer.max_steps=1000"),
         ("compile=maybe", "compile=maybe: expected true or false, as in compile=false"),
         ("data train=one.txt", "data train=one.txt cannot be read: expected key=value"),
         ("seed", "'seed' is no override: expected key=value"),
+        ("evolution=null", "evolution=null does not exist; expected one of diversify, dts, dts_only, dts_paper, none,"),
+        ("callbacks=null", "callbacks=null does not exist; expected one of default, images,"),
+        ("router=null", "router=null does not exist; expected one of adamoe, base,"),
+        ("logger=", "logger= does not exist; expected one of csv, none, tensorboard"),
+        ("trainer=2", "trainer=2 does not exist; expected one of ddp, default, gpu"),
+        ("trainer.limit_train_batches=10", "add a +, as in +trainer.limit_train_batches=10"),
+        ("trainer.strategy=ddp", "trainer.strategy=ddp: trainer has no strategy yet, which it can have: add a +,"),
+        ("callbacks.checkpoint.keep_last=9", "add a +, as in +callbacks.checkpoint.keep_last=9"),
     ],
 )
 def test_a_wrong_word_is_answered_in_one_line(argument, message):
@@ -65,10 +74,22 @@ def test_a_wrong_word_is_answered_in_one_line(argument, message):
         ["--cfg", "job", "seed=2"],
         ["run_name=a b", "data=text_files", "data.train='[one.txt,two.txt]'"],
         ["-m", "seed=1,2", "router=dts,switch", "trainer.max_steps=5"],
+        ["trainer.devices=auto"],
+        ["trainer.devices='0,1'"],
+        ["debug=null", "experiment=null"],
     ],
 )
 def test_what_is_right_passes(arguments):
     check_overrides(read_overrides(arguments), CONFIGS, "train")
+
+
+def test_null_is_the_choice_of_nothing_where_nothing_is_the_default():
+    assert drop_empty_choices(["-m", "debug=limit", "seed=1", "debug=null"], CONFIGS, "train") == ["-m", "seed=1"]
+    arguments = ["debug=null", "debug=limit", "evolution=null", "comparison=null"]
+    assert drop_empty_choices(arguments, CONFIGS, "train") == arguments
+    assert drop_empty_choices(arguments, CONFIGS, "compare") == arguments[:3]
+    config = check_overrides(["experiment=gpt_switch", "experiment=null"], CONFIGS, "train")
+    assert config.experiment_name == "run"
 
 
 def test_a_key_of_a_group_that_is_left_out_is_answered_with_its_choices():
@@ -341,6 +362,13 @@ def test_a_multirun_has_one_folder_wherever_its_option_stands(monkeypatch, tmp_p
     (folder,) = (tmp_path / "run").iterdir()
     assert sys.argv == ["program", "-m", *(a for a in arguments if a != "-m"), sys.argv[-1]]
     assert sys.argv[-1] == f"hydra.sweep.dir=${{paths.log_dir}}/${{experiment_name}}/{folder.name}"
+
+
+def test_a_program_runs_without_what_is_null_by_default(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["program", f"hydra.run.dir={tmp_path}", "experiment=null", "debug=null"])
+    names = []
+    run_main(lambda config: names.append(config.experiment_name), CONFIGS, "train")
+    assert names == ["run"]
 
 
 def test_a_wrong_word_ends_the_program_before_it_begins(monkeypatch, capsys):

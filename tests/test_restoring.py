@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import lightning as L
 import pytest
-from helpers.programs import equal, load
+from helpers.programs import compose, equal, load
 from omegaconf import OmegaConf
 
 from evomoe.callbacks.evolution import moe_layers
 from evomoe.checkpointing import checkpoint_path, list_checkpoints, save_checkpoint
+from evomoe.checks import check_resume
 from evomoe.errors import ConfigError
+from evomoe.pretrained import find_pretrained
 from evomoe.restoring import resolve_checkpoint, restore
 
 
@@ -35,6 +38,8 @@ def test_last_is_the_newest_step_of_the_run_that_saved_last(tmp_path):
         resolve_checkpoint("last", tmp_path / "empty")
     with pytest.raises(ConfigError, match="no best checkpoint yet"):
         resolve_checkpoint("best", tmp_path)
+    with pytest.raises(ConfigError, match="^ckpt_path=5: there is no such file or folder"):
+        resolve_checkpoint(5, tmp_path)
 
 
 def test_last_falls_back_over_a_damaged_file(tmp_path):
@@ -42,6 +47,20 @@ def test_last_falls_back_over_a_damaged_file(tmp_path):
     os.truncate(touch(tmp_path / "exp" / "one", 2, age=0), 10)
     with pytest.warns(UserWarning, match=r"step_00000002\.ckpt is damaged"):
         assert resolve_checkpoint("last", tmp_path) == whole
+
+
+def test_a_checkpoint_of_another_callback_is_refused_by_all_who_read_one(tmp_path):
+    """Such as Lightning's own, which tells nothing of the configuration."""
+    path = touch(tmp_path / "run", 1, age=0)
+    config = compose("experiment=glue_dts", f"init_from={path}", run_dir=tmp_path)
+    for read in (
+        lambda: restore(str(path)),
+        lambda: check_resume(config, path, L.LightningDataModule()),
+        lambda: find_pretrained(config, None),
+        lambda: find_pretrained(config, path),
+    ):
+        with pytest.raises(ConfigError, match=r"step_00000001\.ckpt says nothing of the run .* callbacks\.checkpoint"):
+            read()
 
 
 def test_a_restored_model_is_the_trained_one_at_the_schedule_of_its_step(trained):

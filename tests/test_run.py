@@ -78,6 +78,17 @@ def test_three_batches_are_learnt_by_heart(train, tmp_path):
     assert values["train/loss"] < 1
 
 
+def test_several_loggers_by_name_all_receive_what_is_logged(tiny, tmp_path):
+    overrides = ["test=false", "logger=csv", "trainer.max_steps=4", "trainer.val_check_interval=4"]
+    config = compose("experiment=gpt_dts", *tiny, *overrides, run_dir=tmp_path)
+    tensorboard = compose("logger=tensorboard", run_dir=tmp_path).logger
+    config.logger = {"csv": config.logger, "tensorboard": tensorboard, "left_out": None}
+    run.train(config)
+    assert [int(row["step"]) for row in read_csv(tmp_path) if row["val/loss"]] == [3]
+    (events,) = (tmp_path / "tensorboard").glob("events*")
+    assert b"samples" in events.read_bytes()  # text, which TensorBoard alone shows
+
+
 def test_without_a_logger_the_learning_rate_is_not_monitored(train, tmp_path):
     _, objects = train(tmp_path, "logger=none", "test=false", "trainer.max_steps=4")
     assert not [callback for callback in objects.callbacks if isinstance(callback, LearningRateMonitor)]

@@ -9,12 +9,13 @@ from typing import Any
 import hydra
 import lightning as L
 from lightning.pytorch.accelerators import AcceleratorRegistry, CUDAAccelerator, MPSAccelerator
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from evomoe.checkpointing import load_checkpoint
 from evomoe.cli import annotations_of
 from evomoe.errors import ConfigError
-from evomoe.restoring import FREE_KEYS
+from evomoe.restoring import FREE_KEYS, config_of
+from evomoe.run_length import check_length, limited
 
 
 def check_parts(config: DictConfig) -> None:
@@ -67,15 +68,44 @@ def check_share(key: str, value: Any) -> None:
 
 def check_trainer(trainer: DictConfig) -> None:
     """Refuse options of the trainer that Lightning takes and stumbles over later."""
+    check_length(trainer.get("max_steps", -1), trainer.get("max_epochs"))
     check_accelerator("trainer.accelerator", trainer.accelerator, "trainer=default")
-    if trainer.get("val_check_interval") is not None:
-        check_share("trainer.val_check_interval", trainer.val_check_interval)
-    batches = trainer.get("accumulate_grad_batches", 1)
-    if type(batches) is not int or batches < 1:
-        raise ConfigError(f"trainer.accumulate_grad_batches={batches}: expected a whole number of at least 1")
+    for key in ("val_check_interval", "limit_train_batches", "overfit_batches"):
+        if trainer.get(key) is not None and (key, trainer[key]) != ("overfit_batches", 0):
+            check_share(f"trainer.{key}", trainer[key])
+    for key in ("accumulate_grad_batches", "num_nodes"):
+        number = trainer.get(key, 1)
+        if type(number) is not int or number < 1:
+            raise ConfigError(f"trainer.{key}={number}: expected a whole number of at least 1")
     bound = trainer.get("gradient_clip_val")
     if bound is not None and not (type(bound) in (int, float) and bound > 0):
         raise ConfigError(f"trainer.gradient_clip_val={bound}: expected a number above 0, or null to clip nothing")
+    processes = count_processes(trainer)
+    if processes > 1 and trainer.get("strategy") in (None, "auto"):
+        devices = str(trainer.devices).replace(" ", "")
+        nodes = f" +trainer.num_nodes={trainer.num_nodes}" if trainer.get("num_nodes", 1) > 1 else ""
+        raise ConfigError(
+            f"trainer.devices={devices}{nodes} means {processes} processes, which need a strategy that admits experts"
+            f" without a gradient: add trainer=ddp trainer.devices={devices}"
+        )
+
+
+def count_processes(trainer: DictConfig) -> int:
+    """How many processes a trainer starts: one for each device of each node.
+
+    Raises:
+        ConfigError: Lightning could not read its devices.
+    """
+    devices, nodes = trainer.devices, trainer.get("num_nodes", 1)
+    if isinstance(devices, ListConfig):
+        return len(devices) * nodes
+    text = str(devices)
+    if text in ("auto", "-1"):
+        return max(CUDAAccelerator.auto_device_count() if trainer.accelerator != "cpu" else 1, 1) * nodes
+    numbers = [part for part in text.split(",") if part.strip()]
+    if not numbers or not all(part.strip().isdecimal() for part in numbers):
+        raise ConfigError(f"trainer.devices={text}: expected a number of devices, a list such as [0,1], or auto")
+    return (len(numbers) if "," in text else int(text)) * nodes
 
 
 def check_validation(trainer: DictConfig, data: L.LightningDataModule) -> None:
@@ -83,9 +113,11 @@ def check_validation(trainer: DictConfig, data: L.LightningDataModule) -> None:
     every = trainer.val_check_interval
     if trainer.check_val_every_n_epoch is None or not isinstance(every, int):
         return
-    batches = len(data.train_dataloader())
-    if isinstance(trainer.devices, int):  # before the processes exist, the loader counts for all of them
-        batches //= max(trainer.devices, 1) * trainer.get("num_nodes", 1)
+    # Before the processes exist, the loader counts for all of them.
+    batches = len(data.train_dataloader()) // max(count_processes(trainer), 1)
+    limit = trainer.get("overfit_batches") or trainer.get("limit_train_batches")
+    if limit is not None:
+        batches = limited(batches, limit)
     if every > batches:
         raise ConfigError(
             f"trainer.val_check_interval={every} is more than the {batches} batches of an epoch: choose fewer, or add"
@@ -102,7 +134,7 @@ def check_resume(config: DictConfig, path: Path, data: L.LightningDataModule) ->
         data: of the run, set up.
     """
     checkpoint = load_checkpoint(path)
-    there = OmegaConf.create(checkpoint["evomoe"]["config"])
+    there = config_of(checkpoint, path)
     _check_equal(path, there, config, ["data._target_"])
     # Before Lightning would load the weights, whose shapes follow from the data.
     if state := checkpoint.get(type(data).__qualname__):

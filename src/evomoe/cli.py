@@ -45,7 +45,7 @@ def run_main(function: Callable[[DictConfig], Any], config_dir: Path, config_nam
         config_dir: absolute path of the ``configs`` folder.
         config_name: primary configuration in it.
     """
-    sys.argv[1:] = [quote_text(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = drop_empty_choices([quote_text(argument) for argument in sys.argv[1:]], config_dir, config_name)
     try:
         check_overrides(read_overrides(sys.argv[1:]), config_dir, config_name)
     except ConfigError as error:
@@ -125,6 +125,19 @@ def read_overrides(arguments: Sequence[str]) -> list[str]:
     return [override.input_line or "" for override in parsed if not override.is_sweep_override()]
 
 
+def drop_empty_choices(arguments: Sequence[str], config_dir: Path, config_name: str) -> list[str]:
+    """A command line without the choices of a group that ends as ``debug=null``, where null is the group's default.
+
+    Hydra takes null in a list of defaults, and in no override.
+    """
+    primary: Any = OmegaConf.to_container(OmegaConf.load(config_dir / f"{config_name}.yaml"))
+    entries = [entry for entry in primary.get("defaults", []) if isinstance(entry, dict)]
+    empty = {group for entry in entries for group, choice in entry.items() if choice is None}
+    last = {argument.partition("=")[0]: argument for argument in arguments}
+    dropped = {group for group in empty if last.get(group) == f"{group}=null"}
+    return [argument for argument in arguments if argument.partition("=")[0] not in dropped]
+
+
 def is_multirun(arguments: Sequence[str]) -> bool:
     """Whether a command line asks Hydra for several jobs."""
     return not MULTIRUN.isdisjoint(arguments)
@@ -151,18 +164,21 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
     Raises:
         ConfigError: naming the word and the nearest valid one, a value of the wrong type, or a folder that cannot be.
     """
+    overrides = drop_empty_choices(overrides, config_dir, config_name)
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(config_dir), version_base="1.3"):
-            config = hydra.compose(config_name, overrides=list(overrides), return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
+            config = hydra.compose(config_name, overrides=overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(explain(error, overrides, config_dir, config_name)) from None
     finally:
         GlobalHydra.instance().clear()
     defaults = _compose_choices(overrides, config_dir, config_name)
     for key, override in {override.partition("=")[0]: override for override in overrides}.items():
         usual, given = (OmegaConf.select(node, key, throw_on_missing=False) for node in (defaults, config))
-        if isinstance(usual, bool | int | float) and isinstance(given, str):
+        if not (isinstance(usual, bool | int | float) and isinstance(given, str)):
+            continue
+        if not _fits(given, _arguments_at(config, key).get(key.rpartition(".")[2], type(usual))):
             kind = "true or false" if isinstance(usual, bool) else "a number"
             raise ConfigError(f"{override}: expected {kind}, as in {key}={str(usual).lower()}")
     _check_folder(Path(config.hydra.run.dir))
@@ -202,9 +218,9 @@ def explain(error: Exception, overrides: Sequence[str], config_dir: Path, config
     if isinstance(error, OverrideParseException):
         return _unreadable(error)
     text = " ".join((str(error) or str(error.__cause__)).split())
-    missing = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
-    if missing:
-        group, name = missing.groups()
+    choice = _unknown_choice(text, overrides, config_dir)
+    if choice is not None:
+        group, name = choice
         return f"{group}={name} does not exist{nearest(name, _choices(config_dir / group))}"
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
@@ -214,8 +230,24 @@ def explain(error: Exception, overrides: Sequence[str], config_dir: Path, config
         group = key.partition(".")[0]
         if group != key and group in composed and not composed[group] and (config_dir / group).is_dir():
             return f"{override}: there is no {group} here; choose one of {', '.join(_choices(config_dir / group))}"
+        parent, _, name = key.rpartition(".")
+        if name in _arguments_at(composed, key):
+            return f"{override}: {parent} has no {name} yet, which it can have: add a +, as in +{override}"
         return f"{override}: {unknown_key(key, OmegaConf.to_container(composed, resolve=False))}"
     return text
+
+
+def _unknown_choice(text: str, overrides: Sequence[str], config_dir: Path) -> tuple[str, str] | None:
+    """Group and name of the choice that a composition error is about, if it is about one."""
+    missing = re.search(r"Could not find '([^']+)/([^'/]*)'", text)
+    if missing:
+        return missing[1], missing[2]
+    if text.startswith("Config group override must be a string"):  # of which group it does not say
+        for override in OverridesParser.create().parse_overrides(list(overrides)):
+            group = override.key_or_group
+            if (config_dir / group).is_dir() and not isinstance(override.value(), str | list):
+                return group, override.get_value_element_as_str()
+    return None
 
 
 def _unreadable(error: OverrideParseException) -> str:
@@ -231,7 +263,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; expected one of {', '.join(known)}" if known and len(known) <= 20 else ""
+    return f"; expected one of {', '.join(known)}" if known and len(known) <= 30 else ""
 
 
 def unknown_key(key: str, values: Any) -> str:
@@ -320,6 +352,15 @@ def check_types(node: Any) -> None:
             check_types(value)
         elif name in expected and not _fits(value, expected[name]):
             raise ConfigError(f"{node._get_full_key(name)}={value}: expected {_words(expected[name])}")
+
+
+def _arguments_at(config: DictConfig, key: str) -> dict[str, Any]:
+    """Types of the arguments of the class that the keys beside ``key`` are for; none where there is no such class."""
+    node = OmegaConf.select(config, key.rpartition(".")[0])
+    if isinstance(node, DictConfig) and "_target_" in node:
+        with contextlib.suppress(Exception):  # whatever importing a user's module raises; building it will say so
+            return annotations_of(node["_target_"])
+    return {}
 
 
 def annotations_of(target: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from evomoe.data import Tokenizer
 from evomoe.data.corpus import flatten
 from evomoe.errors import ConfigError
 from evomoe.models.roberta import Encoder
-from evomoe.restoring import FREE_KEYS, check_targets, evolution_of, resolve_checkpoint, runs_below
+from evomoe.restoring import FREE_KEYS, check_targets, config_of, resolve_checkpoint, runs_below, trained_evolution
 from evomoe.tasks import MaskedLanguageModeling, SequenceClassification
 
 OF_HEAD = ("_target_", "num_classes", "head_dropout")
@@ -143,7 +143,7 @@ def find_pretrained(config: DictConfig, resume_from: Path | None) -> Pretrained 
         return None
     if resume_from is not None:
         checkpoint = load_checkpoint(resume_from)
-        there = OmegaConf.create(checkpoint["evomoe"]["config"])
+        there = config_of(checkpoint, resume_from)
         if there.get("init_from") is None and config.init_from is not None:
             raise ConfigError(
                 f"cannot resume from {resume_from}: it began from scratch and this run has"
@@ -163,7 +163,7 @@ def find_pretrained(config: DictConfig, resume_from: Path | None) -> Pretrained 
         _last_masked_lm(logs) if config.init_from == "last" else resolve_checkpoint(config.init_from, logs, "init_from")
     )
     checkpoint = load_checkpoint(path)
-    there = OmegaConf.create(checkpoint["evomoe"]["config"])
+    there = config_of(checkpoint, path)
     check_targets(there, path)
     if not issubclass(hydra.utils.get_class(there.model._target_), Encoder):
         raise ConfigError(
@@ -176,7 +176,7 @@ def find_pretrained(config: DictConfig, resume_from: Path | None) -> Pretrained 
 
 def _hold(checkpoint: Mapping[str, Any], config: DictConfig) -> DictConfig | None:
     """The configuration of a schedule that stands still where that of the checkpoint does."""
-    evolution = evolution_of(checkpoint, config)
+    evolution = trained_evolution(checkpoint, config)
     if evolution is None or evolution.plan is None:
         return None
     # In its last step, not in the next one: that might spawn experts, of which the checkpoint holds none.

@@ -49,7 +49,7 @@ def resolve_checkpoint(given: str, logs: Path, key: str = "ckpt_path") -> Path:
         if not runs:
             raise ConfigError(f"{key}={given}: there is no checkpoint below {logs}; train first, or give a file")
         return find_checkpoint(runs[0], given)
-    path = Path(given).expanduser()
+    path = Path(str(given)).expanduser()  # what Hydra has read as a number is a name here
     if path.is_dir():
         below = [] if (path / "checkpoints").is_dir() else runs_below(path)
         return find_checkpoint(below[0] if below else path, "last")
@@ -89,7 +89,25 @@ def _targets(node: Any) -> Iterator[str]:
             yield from _targets(value)
 
 
-def evolution_of(checkpoint: Mapping[str, Any], config: DictConfig) -> Evolution | None:
+def config_of(checkpoint: Mapping[str, Any], path: Path) -> DictConfig:
+    """The configuration that a checkpoint was trained with.
+
+    Args:
+        checkpoint: the loaded file.
+        path: its path, for the message.
+
+    Raises:
+        ConfigError: it has none, as another callback than :class:`~evomoe.callbacks.SafeCheckpoint` saved it.
+    """
+    if "evomoe" not in checkpoint:
+        raise ConfigError(
+            f"{path} says nothing of the run that it is from: expected a checkpoint of callbacks.checkpoint, such as"
+            " callbacks=default has it"
+        )
+    return OmegaConf.create(checkpoint["evomoe"]["config"])
+
+
+def trained_evolution(checkpoint: Mapping[str, Any], config: DictConfig) -> Evolution | None:
     """The schedule that a checkpoint was trained under, its plan known; None if it had none.
 
     Args:
@@ -141,7 +159,7 @@ def restore(ckpt_path: str, log_dir: str = "logs", overrides: list[str] | None =
     """
     path = resolve_checkpoint(ckpt_path, Path(log_dir))
     checkpoint = load_checkpoint(path)
-    config = OmegaConf.create(checkpoint["evomoe"]["config"])
+    config = config_of(checkpoint, path)
     check_targets(config, path)
     OmegaConf.set_struct(config, True)  # a key that the checkpoint lacks is a mistake
     try:
@@ -159,7 +177,7 @@ def restore(ckpt_path: str, log_dir: str = "logs", overrides: list[str] | None =
         raise ConfigError(
             f"overrides={overrides} describe another model than the one in {path}: leave out model.* and router.gate.*"
         ) from error
-    evolution = evolution_of(checkpoint, config)
+    evolution = trained_evolution(checkpoint, config)
     if evolution is not None:
         evolution.apply(task, checkpoint["global_step"])
     return Restored(path, config, task.eval(), checkpoint["global_step"])

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from rich.console import Console
@@ -69,7 +70,8 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
         task.model.compile()
 
     callbacks = [instantiate(node) for node in (config.callbacks or {}).values() if node is not None]
-    if not config.logger:  # Lightning's monitor refuses to run without one
+    loggers = _build_loggers(config.logger)
+    if not loggers:  # Lightning's monitor refuses to run without one
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     if config.evolution is not None:
         callbacks.insert(0, instantiate(config.evolution))
@@ -79,8 +81,8 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     for callback in callbacks:
         if isinstance(callback, SafeCheckpoint):
             callback.config = plain_config
-    logger = instantiate(config.logger) if config.logger else False
-    trainer = instantiate(config.trainer, callbacks=callbacks, logger=logger, plugins=[VerifiedCheckpointIO()])
+    plugins = [VerifiedCheckpointIO()]
+    trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers or False, plugins=plugins)
 
     # From here on each process draws dropout and noise of its own; Lightning seeds them alike.
     torch.manual_seed(config.seed + trainer.global_rank)
@@ -105,6 +107,12 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
         for summary in (callback for callback in callbacks if isinstance(callback, RunSummary)):
             print_closing(summary, trainer, values)
     return values, objects
+
+
+def _build_loggers(node: Any) -> list[Logger]:
+    """What a configuration logs to: one logger, several by name as the callbacks are, or none."""
+    nodes = [node] if node and "_target_" in node else (node or {}).values()
+    return [instantiate(node) for node in nodes if node is not None]
 
 
 def _hush() -> None:

@@ -20,21 +20,32 @@ def total_steps(trainer: L.Trainer) -> int:
     Raises:
         ConfigError: the fit has no end, or no step.
     """
-    if trainer.max_steps == 0:
-        raise ConfigError("trainer.max_steps=0: expected at least 1, or -1 with trainer.max_epochs")
-    if trainer.max_epochs == 0:
-        raise ConfigError("trainer.max_epochs=0: expected at least 1, or null with trainer.max_steps")
+    check_length(trainer.max_steps, trainer.max_epochs)
     if trainer.max_epochs in (None, -1):
-        if trainer.max_steps == -1:
-            raise ConfigError(
-                "the run has no end: set trainer.max_steps=1000 or trainer.max_epochs=2 for its schedules"
-            )
         return trainer.max_steps
     loader = trainer.fit_loop._data_source.dataloader()  # whoever has it: trainer, task or data module
-    limit = trainer.limit_train_batches
-    batches = min(len(loader), limit) if isinstance(limit, int) else int(len(loader) * limit)
+    batches = limited(len(loader), trainer.limit_train_batches)
     steps = math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+
+
+def check_length(max_steps: int, max_epochs: int | None) -> None:
+    """Refuse a fit without a step or without an end, for which Lightning would choose 1000 epochs.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if max_steps == 0:
+        raise ConfigError("trainer.max_steps=0: expected at least 1, or -1 with trainer.max_epochs")
+    if max_epochs == 0:
+        raise ConfigError("trainer.max_epochs=0: expected at least 1, or null with trainer.max_steps")
+    if max_steps == -1 and max_epochs in (None, -1):
+        raise ConfigError("the run has no end: set trainer.max_steps=1000 or trainer.max_epochs=2 for its schedules")
+
+
+def limited(batches: int, limit: int | float) -> int:
+    """How many of an epoch's batches remain under a limit, which is a number of them (int) or a share (float)."""
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def is_last_step(trainer: L.Trainer) -> bool:

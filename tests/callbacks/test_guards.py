@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -217,10 +218,11 @@ def test_fp16_scaling_keeps_its_right_to_infinite_gradients():
 
     class Trainer:
         precision_plugin = Precision()
-        global_step = current_epoch = 0
+        global_step = current_epoch = global_rank = 0
 
         class strategy:  # noqa: N801
             reduce_boolean_decision = staticmethod(lambda decision: decision)
+            reduce = staticmethod(lambda tensor, reduce_op: tensor)
 
     parameter = nn.Parameter(torch.zeros(1))
     parameter.grad = torch.full((1,), torch.inf)
@@ -236,3 +238,30 @@ def test_fp16_scaling_keeps_its_right_to_infinite_gradients():
     Trainer.precision_plugin.train_step_context = torch.no_grad
     with pytest.raises(NonFiniteError, match="batch 1: the loss is nan"):
         guard.on_before_optimizer_step(Trainer(), module, optimizer)
+
+
+@pytest.mark.parametrize("elsewhere", [-1, 3], ids=["gradient", "loss of another"])
+def test_a_process_whose_loss_is_finite_names_the_one_whose_is_not(elsewhere):
+    """What it finds in its gradients has been averaged over all processes, and tells nothing of its own layers."""
+
+    class Strategy:
+        reduce_boolean_decision = staticmethod(lambda decision: decision)
+
+        def reduce(self, tensor, reduce_op):
+            assert reduce_op == "max"
+            return tensor.clamp(min=elsewhere)
+
+    trainer = SimpleNamespace(strategy=Strategy(), precision_plugin=None, global_rank=1, global_step=4, current_epoch=0)
+    module = TinyTask()
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    guard = FiniteGuard()
+    guard.on_train_batch_start(trainer, module, None, 4)
+    guard.on_before_backward(trainer, module, torch.ones(()))
+    with pytest.raises(NonFiniteError) as caught:
+        guard.on_before_optimizer_step(trainer, module, torch.optim.SGD(module.parameters()))
+    found = str(caught.value).removeprefix("optimizer step 5, epoch 0, batch 4: ")
+    if elsewhere < 0:
+        assert found.startswith("the loss is finite, but the gradient is not, from net.3.bias on backwards")
+    else:
+        assert found.startswith("the loss is finite on rank 1, but not on rank 3, which says why")

@@ -11,7 +11,7 @@ from helpers.keep_states import KeepStates
 from helpers.programs import HARD, KeepLosses, equal, load, timeless
 from torch import Tensor
 
-from evomoe.callbacks import WeightAverage
+from evomoe.callbacks import Evolution, WeightAverage
 from evomoe.callbacks.evolution import moe_layers
 from evomoe.checkpointing import list_checkpoints
 from evomoe.errors import ConfigError
@@ -81,6 +81,21 @@ def test_validations_the_test_and_checkpoints_hold_the_average(averaged):
         assert equal(checkpoint["current_model_state"], averaged.kept.trained[step - 1])
     assert_close(averaged.kept.tested, expected[-1])
     assert_close(restore(str(averaged.folder)).task.state_dict(), expected[-1])
+
+
+def test_a_validation_of_the_average_has_the_temperature_of_its_step(averaged):
+    (evolution,) = (callback for callback in averaged.callbacks if isinstance(callback, Evolution))
+    assert len(set(averaged.kept.temperatures.values())) > 2
+    for step, temperature in averaged.kept.temperatures.items():
+        assert temperature == pytest.approx(evolution.plan.at(step).temperature)
+
+
+def test_a_resumed_run_validates_inside_a_window_as_if_it_had_not_stopped(train, tmp_path):
+    inside = [*SAVES, *AVERAGED, "trainer.val_check_interval=5", "test=false"]
+    train(tmp_path / "whole", *inside, experiment="vit_dts")
+    start = list_checkpoints(tmp_path / "whole")[7]  # the next validation is after the fifteenth batch
+    train(tmp_path / "resumed", *inside, f"ckpt_path={start}", experiment="vit_dts")
+    assert equal(timeless(load(tmp_path / "resumed")), timeless(load(tmp_path / "whole")))
 
 
 def test_training_does_not_see_the_average(train, averaged, tmp_path):

@@ -7,13 +7,16 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from evomoe.callbacks.evolution import moe_layers
+
 
 class KeepStates(L.Callback):
-    """The weights after every optimizer step, those of every validation, and those of the test."""
+    """The weights after every optimizer step, those of every validation with the temperature, and those of the test."""
 
     def __init__(self) -> None:
         self.trained: list[dict[str, Tensor]] = []
         self.validated: dict[int, dict[str, Tensor]] = {}
+        self.temperatures: dict[int, float] = {}
         self.tested: dict[str, Tensor] = {}
 
     def on_train_batch_end(
@@ -24,6 +27,7 @@ class KeepStates(L.Callback):
 
     def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self.validated[trainer.global_step] = copy_of(pl_module)
+        self.temperatures[trainer.global_step] = float(moe_layers(pl_module)[0][1].router.temperature)
 
     def on_test_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self.tested = copy_of(pl_module)

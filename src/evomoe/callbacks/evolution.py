@@ -175,6 +175,9 @@ class Evolution(L.Callback):
         if decay is None:
             return UNSCHEDULED
         length = to_steps(f"evolution.{name}.length", decay.length, total)
+        shares = isinstance(self.diversify, float) and isinstance(decay.length, float)
+        if shares and self.diversify + decay.length <= 1:
+            length = min(length, max(total, 1) - spawn_at)  # not rounded past the end together
         if spawn_at + length > max(total, 1):
             raise ConfigError(
                 f"evolution.{name}.length={decay.length} is {length} steps from the spawn at step {spawn_at}, past the "

@@ -32,7 +32,8 @@ class FiniteGuard(L.Callback):
     loss scaling, where infinite gradients are normal and the scaler skips their step, only the loss is looked at.
 
     Only after a failure is the forward pass of the failing batch repeated, with its own random state, to find the first
-    layer whose output is not finite.
+    layer whose output is not finite. Of several processes, those whose losses are finite name one whose loss is not:
+    the gradients have been averaged already, and are bad on all.
 
     Raises:
         NonFiniteError: names the optimizer step, the batch, and the first layer or parameter that is not finite.
@@ -74,11 +75,17 @@ class FiniteGuard(L.Callback):
         self._window.clear()
 
     def _diagnosis(self, trainer: L.Trainer, pl_module: L.LightningModule) -> str:
-        for micro in self._window:
-            if micro.loss is not None and not bool(micro.loss.isfinite()):
-                return f"batch {micro.index}: the loss is {micro.loss.item()}, {_origin(trainer, pl_module, micro)}"
+        losses = [(micro, micro.loss) for micro in self._window if micro.loss is not None]
+        failing = next(((micro, loss) for micro, loss in losses if not bool(loss.isfinite())), None)
+        culprit = torch.tensor(-1 if failing is None else trainer.global_rank, device=pl_module.device)
+        rank = int(trainer.strategy.reduce(culprit, reduce_op="max"))  # one whose loss is not finite, of all processes
+        if failing is not None:
+            micro, loss = failing
+            return f"batch {micro.index}: the loss is {loss.item()}, {_origin(trainer, pl_module, micro)}"
         first, last = self._window[0].index, self._window[-1].index
         where = f"batch {first}" if first == last else f"batches {first} to {last}"
+        if rank >= 0:
+            return f"{where}: the loss is finite on rank {trainer.global_rank}, but not on rank {rank}, which says why"
         parameters = [(name, p.grad) for name, p in pl_module.named_parameters() if p.grad is not None]
         bad = [name for name, gradient in parameters if not bool(gradient.isfinite().all())]
         if not bad:

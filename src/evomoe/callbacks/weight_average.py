@@ -17,7 +17,7 @@ class WeightAverage(WeightAveraging):
 
     After each optimizer step ``average = decay * average + (1 - decay) * weights``, beginning with the weights after
     the first one. It begins anew where experts are born: before, they were never trained. Running states of the routers
-    are not averaged, but copied.
+    and the values of their schedule are not averaged, but copied.
 
     Validation and test measure the average. A checkpoint holds it as ``state_dict``, so that whatever restores one uses
     it, and the last weights beside it as ``current_model_state``, from which a resumed run goes on bit for bit.
@@ -51,3 +51,10 @@ class WeightAverage(WeightAveraging):
                 averaged.live_experts = layer.live_experts
                 self._average_model.n_averaged.zero_()  # so that the next update copies
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the average, with the buffers as they are: the schedule has set them for this validation."""
+        if self._average_model is not None:
+            for averaged, current in zip(self._average_model.module.buffers(), pl_module.buffers(), strict=True):
+                averaged.copy_(current)  # as Lightning swaps them too
+        super().on_validation_epoch_start(trainer, pl_module)

@@ -14,6 +14,7 @@ from evomoe.callbacks import History
 from evomoe.callbacks.monitoring import history
 from evomoe.callbacks.monitoring.history import Routed
 from evomoe.checkpointing import list_checkpoints
+from evomoe.models.flops import Work
 from evomoe.routing import SoftRouting, SparseRouting
 
 
@@ -99,6 +100,26 @@ class Clocks:
         self.looks[1] += 1
         self.cpu += 2 if self.looks[1] % 2 == 0 else 100
         return self.cpu
+
+
+def test_the_wait_for_a_count_on_the_device_is_charged(monkeypatch):
+    """The optimizer step is under way when the batch ends; whoever reads the count waits for it."""
+    now = 0.0
+
+    class Count:
+        def __int__(self) -> int:
+            nonlocal now
+            now += 5
+            return 7
+
+    clock = SimpleNamespace(perf_counter=lambda: now, process_time=lambda: now)
+    monkeypatch.setattr(history, "time", clock)
+    trainer = SimpleNamespace(world_size=1, global_step=1, max_steps=2, max_epochs=None, is_last_batch=False)
+    task = SimpleNamespace(model=SimpleNamespace(moe_layers={}))
+    kept = History()
+    kept.on_train_batch_start(trainer, task, None, 0)
+    kept.on_train_batch_end(trainer, task, {"work": Work(tokens=Count(), forward_flops=1.0), "routings": []}, None, 0)
+    assert (kept.spent.tokens, kept.spent.seconds, kept.spent.cpu_seconds) == (7, 5.0, 5.0)
 
 
 @pytest.fixture(scope="module")

@@ -113,7 +113,7 @@ def test_histograms_of_the_load_go_to_tensorboard(tmp_path):
     module, written = Module(1), []
     logger = TensorBoardLogger(tmp_path)
     logger._experiment = SimpleNamespace(add_histogram_raw=lambda name, **bars: written.append((name, bars)))
-    trainer = SimpleNamespace(global_step=7, log_every_n_steps=1, logger=logger)
+    trainer = SimpleNamespace(global_step=7, log_every_n_steps=1, loggers=[logger])
     for histograms in (False, True):
         RoutingMonitor(histograms).on_train_batch_end(trainer, module, {"routings": [sparse()]}, None, 0)
     ((name, bars),) = written

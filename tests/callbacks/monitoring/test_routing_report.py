@@ -194,7 +194,7 @@ def test_batches_without_padding_validated_outside_a_fit():
         sanity_checking=False,
         world_size=1,
         state=SimpleNamespace(fn="validate"),
-        logger=None,
+        loggers=[],
         is_global_zero=True,
     )
     report = RoutingReport()

@@ -30,7 +30,9 @@ def written(tmp_path, tokenizer, module, callback, logger=TensorBoardLogger, **s
     logger = logger(tmp_path)
     logger._experiment = SimpleNamespace(add_text=lambda *arguments: calls.append(arguments))
     state = {"global_step": 7, "sanity_checking": False, "is_global_zero": True, **state}
-    trainer = SimpleNamespace(logger=logger, datamodule=SimpleNamespace(tokenizer=tokenizer), **state)
+    trainer = SimpleNamespace(
+        loggers=[CSVLogger(tmp_path), logger], datamodule=SimpleNamespace(tokenizer=tokenizer), **state
+    )
     callback.on_validation_end(trainer, module)
     return calls
 

@@ -26,7 +26,7 @@ def shown(tmp_path, callback, logger=TensorBoardLogger, **state) -> list[tuple]:
     logger = logger(tmp_path)
     logger._experiment = SimpleNamespace(add_text=lambda *arguments: calls.append(arguments))
     state = {"global_step": 7, "sanity_checking": False, "is_global_zero": True, **state}
-    callback.on_validation_end(SimpleNamespace(logger=logger, **state), task())
+    callback.on_validation_end(SimpleNamespace(loggers=[CSVLogger(tmp_path), logger], **state), task())
     return calls
 
 

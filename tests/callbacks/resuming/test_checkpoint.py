@@ -18,12 +18,15 @@ from torch.utils.data import DataLoader
 import evomoe
 from evomoe.callbacks.resuming.checkpoint import SafeCheckpoint
 from evomoe.checkpointing import (
+    CHECKPOINT_FOLDER,
+    Best,
     VerifiedCheckpointIO,
     checkpoint_path,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
     read_best,
+    write_best,
 )
 from evomoe.errors import ConfigError
 
@@ -107,6 +110,13 @@ def test_a_metric_may_be_maximised_and_nan_is_never_best(tmp_path):
     assert checkpoint.best_model_path == str(checkpoint_path(tmp_path, 6))
 
 
+def test_a_best_by_another_metric_is_not_compared(tmp_path):
+    (tmp_path / CHECKPOINT_FOLDER).mkdir()
+    write_best(tmp_path, Best(step=2, monitor="val/loss_sparse", value=-9.0))
+    fit_losses(tmp_path, [3.0, 2.0, 4.0])
+    assert read_best(tmp_path) == Best(step=4, monitor="val/loss", value=2.0)
+
+
 def test_an_unlogged_metric_is_an_error_that_names_those_logged(tmp_path):
     with pytest.raises(ConfigError, match=r"monitor=val/los is not measured: expected one of .*val/loss"):
         fit_losses(tmp_path, [1.0], monitor="val/los")
@@ -148,6 +158,30 @@ def test_the_end_is_saved_whatever_ends_the_fit(tmp_path):
     fit(tmp_path / "early train", [impatient], every_n_steps=100, limit_val_batches=0)
     ends = [steps(tmp_path / name) for name in ("steps", "epochs", "early", "early train")]
     assert ends == [[5], [8], [4], [4]]
+
+
+class StopInWindow(L.Callback):
+    """Asks to stop, as a time limit may, after the first batch of the second epoch, and so of a window."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop |= trainer.fit_loop.total_batch_idx == 7
+
+
+STOPS = {
+    "after a batch": (StopInWindow(), {}, 9),
+    "after a validation": (EarlyStopping("val/loss", stopping_threshold=1e9), {"val_check_interval": 3}, 4),
+}
+
+
+@pytest.mark.parametrize(("stop", "settings", "batches"), STOPS.values(), ids=STOPS)
+def test_a_stop_inside_an_accumulation_window_waits_for_its_end(tmp_path, stop, settings, batches):
+    """So that the run goes on from there bit for bit."""
+    whole, _ = fit(tmp_path / "whole", **settings)
+    _, trainer = fit(tmp_path / "parts", [stop], every_n_steps=100, keep_last=99, **settings)
+    path = list_checkpoints(tmp_path / "parts")[trainer.global_step]
+    assert load_checkpoint(path)["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == batches
+    task, _ = fit(tmp_path / "parts", resume="auto", **settings)
+    assert weights_hash(task.state_dict()) == weights_hash(whole.state_dict())
 
 
 def test_a_crash_and_a_trial_save_nothing(tmp_path):

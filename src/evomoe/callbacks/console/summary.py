@@ -16,13 +16,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from evomoe.callbacks.console.status import phase_of, shorten
+from evomoe.callbacks.tensorboard import find_tensorboard
 from evomoe.checkpointing import newest_checkpoint
 from evomoe.models.flops import Work
 
@@ -263,7 +263,7 @@ def print_closing(
         "test": ", ".join(test),
         "checkpoint": _shown(checkpoint) if checkpoint else "",
         "run folder": _shown(folder),
-        "curves": f"{_tensorboard()} --logdir {_shown(folder)}" if _has_tensorboard(trainer) else "",
+        "curves": f"{_tensorboard()} --logdir {_shown(folder)}" if find_tensorboard(trainer) else "",
     }
     for title, text in lines.items():
         if text:  # one unbroken line each: it is there to be copied
@@ -275,10 +275,6 @@ def _shown(path: str | Path) -> str:
     relative = os.path.relpath(path)
     text = str(path) if relative.startswith("..") else relative
     return shlex.quote(text)
-
-
-def _has_tensorboard(trainer: L.Trainer) -> bool:
-    return any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
 
 
 def _tensorboard() -> str:

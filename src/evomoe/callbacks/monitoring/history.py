@@ -159,12 +159,13 @@ class History(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Charge one batch, and ask for a validation after the last one."""
+        work: Work = outputs["work"]
+        # First of all: a count on a GPU is waited for, and so is the optimizer step, which the clocks must see.
+        self.spent.tokens += int(work.tokens) * trainer.world_size
         wall, cpu = self._started
         self.spent.seconds += time.perf_counter() - wall
         self.spent.cpu_seconds += (time.process_time() - cpu) * trainer.world_size
-        work: Work = outputs["work"]
         self.spent.training_flops += work.training_flops * trainer.world_size
-        self.spent.tokens += int(work.tokens) * trainer.world_size
         self._routed.add(pl_module.model.moe_layers, outputs["routings"])  # type: ignore[union-attr,arg-type]
         if is_last_step(trainer):
             trainer.should_stop = True  # the run is over anyway, and Lightning validates before it obeys

@@ -15,11 +15,11 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 
+from evomoe.callbacks.tensorboard import find_tensorboard
 from evomoe.errors import ConfigError
 from evomoe.routing import Routing, SoftRouting
 
@@ -85,17 +85,17 @@ class PatchPictures(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the pictures."""
-        folder = Path(trainer.default_root_dir) / "pictures"
+        folder, tensorboard = Path(trainer.default_root_dir) / "pictures", find_tensorboard(trainer)
         for name, picture in self._pictures.items():
             content = encode_png(picture)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{name}_step_{trainer.global_step:08}.png").write_bytes(content)
-            if isinstance(trainer.logger, TensorBoardLogger):
+            if tensorboard is not None:
                 height, width, _ = picture.shape
                 image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
                 summary = Summary(value=[Summary.Value(tag=f"val_moe/{name}/patches", image=image)])
                 # Not add_image, which wants Pillow to encode it.
-                trainer.logger.experiment._get_file_writer().add_summary(summary, trainer.global_step)
+                tensorboard.experiment._get_file_writer().add_summary(summary, trainer.global_step)
         self._pictures = {}
 
 

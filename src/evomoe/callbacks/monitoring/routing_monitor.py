@@ -6,10 +6,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from evomoe.callbacks.console.bars import write_bars
+from evomoe.callbacks.tensorboard import find_tensorboard
 from evomoe.routing.metrics import brief_metrics
 
 
@@ -38,6 +38,7 @@ class RoutingMonitor(L.Callback):
         if not every or step % every or step == self._logged:
             return
         self._logged = step
+        tensorboard = find_tensorboard(trainer) if self.histograms else None
         layers = list(pl_module.model.moe_layers)  # type: ignore[union-attr,arg-type]
         metrics: dict[str, Tensor] = {}
         active = []
@@ -46,9 +47,9 @@ class RoutingMonitor(L.Callback):
             brief["rows"] = routing.rows / routing.num_tokens.clamp(min=1)
             active.append(brief["active_experts"])
             metrics.update({f"moe/{layer}/{name}": value.float() for name, value in brief.items()})
-            if self.histograms and isinstance(trainer.logger, TensorBoardLogger):
+            if tensorboard is not None:
                 share = routing.load / routing.num_tokens.clamp(min=1)
-                write_bars(trainer.logger.experiment, f"moe/{layer}/load", share, trainer.global_step)
+                write_bars(tensorboard.experiment, f"moe/{layer}/load", share, trainer.global_step)
         if active:
             metrics["moe/active_experts"] = torch.stack(active).mean()
         pl_module.log_dict(metrics)

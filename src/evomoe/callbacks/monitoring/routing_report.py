@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -26,6 +25,7 @@ from evomoe.callbacks.monitoring.routing_metrics import (
     active_experts,
 )
 from evomoe.callbacks.monitoring.routing_stability import ExpertSets, Stability
+from evomoe.callbacks.tensorboard import find_tensorboard
 from evomoe.errors import ConfigError
 from evomoe.routing import Router, SparseRouting, Words
 
@@ -158,8 +158,9 @@ class RoutingReport(L.Callback):
             scalars.update(self._compare(trainer.global_step))
         # Equal on all processes already; sync_dist keeps Lightning from doubting it.
         pl_module.log_dict(scalars, sync_dist=True)
-        if computed and trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
-            self._write(trainer, computed)
+        tensorboard = find_tensorboard(trainer)
+        if computed and trainer.is_global_zero and tensorboard is not None:
+            self._write(trainer, tensorboard.experiment, computed)
         self._reports = {}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -168,10 +169,11 @@ class RoutingReport(L.Callback):
         for name, load in self._loads.items():
             if is_collapsed(load):
                 rank_zero_info(_describe_collapse(name, load, model.moe_layers[name].router))
-        if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
+        tensorboard = find_tensorboard(trainer)
+        if trainer.is_global_zero and tensorboard is not None:
             for layer, stability in self.stability.items():
                 for step, value in stability.saturation().items():
-                    trainer.logger.experiment.add_scalar(f"val_moe/{layer}/saturation", value, step)
+                    tensorboard.experiment.add_scalar(f"val_moe/{layer}/saturation", value, step)
 
     def state_dict(self) -> dict[str, Any]:
         """The experts that the followed tokens have had."""
@@ -195,8 +197,8 @@ class RoutingReport(L.Callback):
                 scalars[f"val_moe/{layer}/last_fluctuation"] = float(known.last_fluctuation.float().mean())
         return scalars
 
-    def _write(self, trainer: L.Trainer, computed: dict[str, dict[str, Tensor]]) -> None:
-        writer, step = trainer.logger.experiment, trainer.global_step  # type: ignore[union-attr]
+    def _write(self, trainer: L.Trainer, writer: Any, computed: dict[str, dict[str, Tensor]]) -> None:
+        step = trainer.global_step
         for layer, values in computed.items():
             for name in ("load", "experts_per_token"):
                 write_bars(writer, f"val_moe/{layer}/{name}", values[name], step)

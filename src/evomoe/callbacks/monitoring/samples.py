@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
 
+from evomoe.callbacks.tensorboard import find_tensorboard
 from evomoe.models.generation import generate
 
 
@@ -24,11 +24,12 @@ class TextSamples(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Generate and log; the training's random state is not touched."""
-        if not isinstance(trainer.logger, TensorBoardLogger) or trainer.sanity_checking or not trainer.is_global_zero:
+        tensorboard = find_tensorboard(trainer)
+        if tensorboard is None or trainer.sanity_checking or not trainer.is_global_zero:
             return
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         prompts = [tokenizer.encode(prompt) for prompt in self.prompts]
         written = generate(pl_module.model, prompts, self.max_new_tokens, temperature=0.0)  # type: ignore[arg-type]
         texts = [tokenizer.decode(sample.prompt + sample.continuation) for sample in written]
         lines = [f"    {text}".replace("\n", "\n    ") for text in texts]  # indented: shown as typed, not as Markdown
-        trainer.logger.experiment.add_text("samples", "\n\n---\n\n".join(lines), trainer.global_step)
+        tensorboard.experiment.add_text("samples", "\n\n---\n\n".join(lines), trainer.global_step)

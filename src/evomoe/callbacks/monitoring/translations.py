@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from evomoe.callbacks.tensorboard import find_tensorboard
 from evomoe.errors import ConfigError
 
 FILE = "translations.txt"
@@ -32,7 +32,8 @@ class TranslationSamples(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log some of what the task has translated."""
-        if not isinstance(trainer.logger, TensorBoardLogger) or trainer.sanity_checking or not trainer.is_global_zero:
+        tensorboard = find_tensorboard(trainer)
+        if tensorboard is None or trainer.sanity_checking or not trainer.is_global_zero:
             return
         task: Any = pl_module
         # As they come they are sorted by length.
@@ -42,7 +43,7 @@ class TranslationSamples(L.Callback):
             for sentence in shown:
                 texts = (sentence.source, sentence.reference, sentence.hypothesis)
                 rows.append("| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |")
-            trainer.logger.experiment.add_text("translations", "\n".join(rows), trainer.global_step)
+            tensorboard.experiment.add_text("translations", "\n".join(rows), trainer.global_step)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file."""

@@ -24,9 +24,10 @@ class SafeCheckpoint(Checkpoint):
     """Saves checkpoints from which a run goes on bit for bit, and saves before it obeys SIGTERM or Ctrl-C.
 
     Saves after every ``every_n_steps`` optimizer steps, after a validation that beat all before it, and when the fit
-    ends; never inside an accumulation window, whose gradients no checkpoint holds. Where a validation follows the step,
-    the save waits for its end, so that the saved state has seen its result. Keeps the newest ``keep_last`` files and
-    the best. A fit that stops by an error saves nothing: the newest file is the last good state.
+    ends; never inside an accumulation window, whose gradients no checkpoint holds: a fit that is asked to stop inside
+    one, by a time limit or an early stopping, goes on to its end. Where a validation follows the step, the save waits
+    for its end, so that the saved state has seen its result. Keeps the newest ``keep_last`` files and the best. A fit
+    that stops by an error saves nothing: the newest file is the last good state.
 
     SIGTERM and SIGINT save at the end of the present accumulation window, on all ranks if any rank was signalled, then
     end the process with status 143 or 130 and one line that says how to go on; a validation that was due at that step
@@ -78,6 +79,7 @@ class SafeCheckpoint(Checkpoint):
         self._saved_step = 0
         self._stepped = False  # whether the latest batch ended an accumulation window
         self._save_due = False
+        self._stop_postponed = False
 
     @property
     def best_model_path(self) -> str:
@@ -95,7 +97,7 @@ class SafeCheckpoint(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a used run folder, then listen to signals."""
         self._step = self._saved_step = trainer.global_step
-        self._stepped = self._save_due = False
+        self._stepped = self._save_due = self._stop_postponed = False
         newer = [path for step, path in checkpointing.list_checkpoints(self.run_dir).items() if step > self._step]
         if newer and (newest := checkpointing.newest_checkpoint(self.run_dir)) in newer:
             raise ConfigError(
@@ -116,7 +118,9 @@ class SafeCheckpoint(Checkpoint):
         """Save if it is time to, and obey a signal."""
         self._stepped = trainer.global_step != self._step
         if not self._stepped:
+            self._postpone_stop(trainer)
             return
+        trainer.should_stop |= self._stop_postponed
         self._step = trainer.global_step
         is_last = is_last_step(trainer)
         self._save_due |= self._step % self.every_n_steps == 0 or trainer.should_stop or is_last
@@ -139,9 +143,15 @@ class SafeCheckpoint(Checkpoint):
                     " be saved; make val_check_interval a multiple of accumulate_grad_batches",
                     stacklevel=2,
                 )
+            self._postpone_stop(trainer)
             return
         if best is not None or self._save_due or trainer.should_stop:
             self._save(trainer, best)
+
+    def _postpone_stop(self, trainer: L.Trainer) -> None:
+        """Let a stop inside an accumulation window wait for its end; Lightning lists this callback after all others."""
+        self._stop_postponed |= trainer.should_stop
+        trainer.should_stop = False
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save if a callback has just asked to stop."""
@@ -199,6 +209,8 @@ class SafeCheckpoint(Checkpoint):
             )
         value = trainer.callback_metrics[self.monitor].item()
         best = checkpointing.read_best(self.run_dir) if trainer.is_global_zero else None
+        if best is not None and best.monitor != self.monitor:  # of an earlier part of the run; no value to compare with
+            best = None
         sign = 1 if self.mode == "min" else -1
         is_best = math.isfinite(value) and (best is None or sign * value < sign * best.value)
         if not trainer.strategy.broadcast(is_best):

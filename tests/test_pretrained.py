@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.core.override_parser.types import Quote, QuotedString
 from helpers.programs import PLAIN, KeepLosses, compose, equal, load, timeless
 
 from evomoe import run, writing
@@ -315,7 +316,8 @@ def test_sentences_are_classified(fine_tune, pretrained, tmp_path, capsys):
         for row, valid in zip(batch["tokens"], batch["valid"], strict=True)
     ]
     capsys.readouterr()
-    answers = classify(tmp_path / "fine_tuned", f"prompt={texts}")
+    quoted = ",".join(QuotedString(text, Quote.single).with_quotes() for text in texts)  # also with a backslash
+    answers = classify(tmp_path / "fine_tuned", f"prompt=[{quoted}]")
     assert answers == [objects.data.classes[index] for index in shares.argmax(dim=1)]
     shown = capsys.readouterr().out
     assert all(text in shown for text in texts)

@@ -152,10 +152,11 @@ def test_a_gpu_that_is_not_there_is_refused(train, trained, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("text", ["", " \n\n ", "A text shorter than a context."], ids=["empty", "blank", "short"])
 def test_a_corpus_without_enough_text_is_refused(train, tmp_path, text):
-    file = tmp_path / "text.txt"
+    file, other = tmp_path / "text.txt", tmp_path / "other.txt"
     file.write_text(text)
+    other.write_text("Another text, that is long enough to be measured.\n" * 50)
     with pytest.raises(ConfigError, match=r"holds no text|fewer than one window") as caught:
-        train(tmp_path, *PLAIN, *(f"data.{split}={file}" for split in ("train", "val", "test")))
+        train(tmp_path, *PLAIN, f"data.train={file}", f"data.val={other}", f"data.test={other}")
     assert "\n" not in str(caught.value)
 
 

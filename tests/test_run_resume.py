@@ -107,9 +107,11 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_name(train, tmp_path):
 
 
 def test_a_checkpoint_of_other_data_is_refused(train, uninterrupted, tmp_path):
-    (tmp_path / "other.txt").write_text("Another text, that has nothing to do with the first one.\n" * 500)
+    files = []
+    for split in ("train", "val", "test"):
+        (tmp_path / f"{split}.txt").write_text(f"Another text to {split}, without a word of the first one.\n" * 500)
+        files.append(f"data.{split}={tmp_path / f'{split}.txt'}")
     start = newest_checkpoint(uninterrupted.folder)
-    files = [f"data.{split}={tmp_path / 'other.txt'}" for split in ("train", "val", "test")]
     with pytest.raises(ConfigError, match="the checkpoint was trained on other data"):
         train(tmp_path, *PLAIN, *files, f"ckpt_path={start}")
     with pytest.raises(ConfigError, match=r"the checkpoint was trained on other data \(vocab_size \d+ -> 270\)"):

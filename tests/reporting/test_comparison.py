@@ -61,9 +61,7 @@ def test_an_edited_configuration_is_not_mixed_with_runs_of_the_old_one(tmp_path)
     router = root / "configs" / "router" / "switch.yaml"
     router.write_text(re.sub(r"balance: \S+", "balance: 7.0", router.read_text()))
     config.seeds = [1, 2]
-    with pytest.raises(
-        ConfigError, match=r"seed_1 holds a run of another recipe \(router.loss_coefficients.bal"
-    ):
+    with pytest.raises(ConfigError, match=r"seed_1 holds a run of another recipe \(router.loss_coefficients.bal"):
         compare(config, root, fake_training.start)
     assert lives() == {"adhoc/gpt_dts/seed_1": 1, "adhoc/gpt_switch/seed_1": 1}
 

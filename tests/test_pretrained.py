@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.core.override_parser.types import Quote, QuotedString
 from helpers.programs import PLAIN, KeepLosses, compose, equal, load, timeless
+from hydra.core.override_parser.types import Quote, QuotedString
 
 from evomoe import run, writing
 from evomoe.callbacks import Evolution, HeldEvolution

@@ -77,7 +77,7 @@ def main() -> None:
         rows = [row(step, seed, gain, price, head) for step in range(1, steps + 1)]
         test = {"test/loss_sparse": rows[-1]["val_loss_sparse"] - 1}
         (folder / "history.json").write_text(
-            json.dumps({"causal_in_train": True, "steps": rows[-1]["step"], "rows": rows, "test": test})
+            json.dumps({"causal_in_train": True, "data": "text", "steps": rows[-1]["step"], "rows": rows, "test": test})
         )
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from evomoe.reporting.plan import Run
 from evomoe.reporting.results import (
     Result,
     Spread,
+    check_data,
     check_recipe,
     cost_to_reach,
     finish,
@@ -53,7 +55,7 @@ def test_spread_by_hand():
 
 def result(steps: int, price: float = 1.0, seed: int = 1, head: float = 0.0) -> Result:
     rows = [row(step, seed, 1.0, price, head) for step in range(1, steps + 1)]
-    return Result(Run("some", seed, Path("some"), ()), rows, {"test/loss_sparse": 1.5}, True, {})
+    return Result(Run("some", seed, Path("some"), ()), rows, {"test/loss_sparse": 1.5}, True, "text", {})
 
 
 @pytest.mark.parametrize(
@@ -111,11 +113,11 @@ def test_a_run_is_finished_once_its_history_ends_with_a_validation(tmp_path):
         with pytest.raises(ConfigError, match=f"history.json {message}"):
             finish(run, {})
         assert not is_finished(run)
-    history = {"rows": [row(1, 1, 1.0, 1.0)], "steps": 1, "test": {}, "causal_in_train": False}
+    history = {"rows": [row(1, 1, 1.0, 1.0)], "steps": 1, "test": {}, "causal_in_train": False, "data": "text"}
     (run.folder / "history.json").write_text(json.dumps(history))
     finish(run, {"machine": "here"})
     assert is_finished(run)
-    assert read_result(run) == Result(run, history["rows"], {}, False, {"machine": "here"})
+    assert read_result(run) == Result(run, history["rows"], {}, False, "text", {"machine": "here"})
     assert read_result(run).test_loss is None
 
 
@@ -143,3 +145,13 @@ def test_a_folder_of_an_edited_configuration_is_refused(tmp_path):
     check_recipe(run(top_k=1, rate=1e-3, new=5))
     with pytest.raises(ConfigError, match=r"another recipe \(top_k=1 there, 2 in the configuration now\): choose"):
         check_recipe(run(top_k=2, rate=1e-3))
+
+
+def test_runs_on_data_that_have_changed_are_not_held_side_by_side():
+    def on(data: str, **settings: str) -> Result:
+        run = Run("some", 1, Path(data), (), {"data.train": "text.txt", "seed": 1, **settings})
+        return replace(result(2), run=run, data=data)
+
+    check_data([on("old"), on("old"), on("other", **{"data.train": "more.txt"})])
+    with pytest.raises(ConfigError, match="^old and new hold runs on different data with the same settings: a file"):
+        check_data([on("old"), on("new", seed="2")])

@@ -38,7 +38,7 @@ def result(folder: Path, label: str, seed: int, gain: float, price: float, **end
     run = Run(label, seed, folder / label / f"seed_{seed}", ("experiment=gpt_switch", f"seed={seed}"))
     loss = rows[-1]["val_loss_sparse"] - 4
     test = {"test/loss_sparse": loss, "test/perplexity_sparse": math.exp(loss)}
-    return Result(run, rows, test, label != "evolved", FACTS)
+    return Result(run, rows, test, label != "evolved", "text", FACTS)
 
 
 def results(folder: Path) -> dict[str, dict[int, Result]]:

@@ -17,7 +17,7 @@ from evomoe.errors import ConfigError
 from evomoe.reporting.figures import draw
 from evomoe.reporting.hparams import write_hparams
 from evomoe.reporting.plan import LENGTH_KEY, Comparison, Method, Run, read_comparison
-from evomoe.reporting.results import check_recipe, is_finished, nearest, next_length, read_result
+from evomoe.reporting.results import check_data, check_recipe, is_finished, nearest, next_length, read_result
 from evomoe.reporting.runner import LOG_FILE, Failure, Pool, Start, start_process
 from evomoe.reporting.table import Results, unique, write_csv, write_table
 
@@ -173,6 +173,7 @@ def _collect(comparison: Comparison, runs: Runs) -> Results:
         }
         for method in comparison.methods
     }
+    check_data(result for of_method in results.values() for result in of_method.values())
     return {label: of_method for label, of_method in results.items() if of_method}
 
 

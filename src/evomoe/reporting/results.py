@@ -31,6 +31,7 @@ class Result:
         rows: of its history, see :class:`~evomoe.callbacks.History`.
         test: its test metrics by name.
         causal_in_train: whether its routers never look at later tokens in training.
+        data: fingerprint of its data; None for data without one.
         facts: where and when it ran, see :func:`~evomoe.reporting.machine.facts`.
     """
 
@@ -38,6 +39,7 @@ class Result:
     rows: list[Row]
     test: dict[str, float]
     causal_in_train: bool
+    data: str | None
     facts: dict[str, Any]
 
     @property
@@ -144,7 +146,24 @@ def read_result(run: Run) -> Result:
     """The result of a finished run."""
     history = json.loads((run.folder / HISTORY_FILE).read_text(encoding="utf-8"))
     facts = json.loads((run.folder / RESULT_FILE).read_text(encoding="utf-8"))
-    return Result(run, history["rows"], history["test"], history["causal_in_train"], facts)
+    return Result(run, history["rows"], history["test"], history["causal_in_train"], history["data"], facts)
+
+
+def check_data(results: Iterable[Result]) -> None:
+    """Refuse to hold runs side by side that read different data by the same settings, as a file was edited meanwhile.
+
+    Raises:
+        ConfigError: naming the folders of two of them.
+    """
+    firsts: dict[str, Result] = {}
+    for result in results:
+        settings = [item for item in sorted(result.run.settings.items()) if item[0].startswith("data.")]
+        first = firsts.setdefault(json.dumps(settings), result)
+        if result.data != first.data:
+            raise ConfigError(
+                f"{first.run.folder} and {result.run.folder} hold runs on different data with the same settings: a file"
+                " has changed; remove the folders of the runs on the older data, and repeat the command"
+            )
 
 
 def _write(path: Path, values: Any) -> None:

@@ -131,8 +131,9 @@ class History(L.Callback):
 
     The rows travel in the checkpoint: but for the times, a resumed run has those of one that was never stopped. When
     the fit ends they are written to ``history.json`` in the trainer's root folder, and once more with the metrics of a
-    test, with ``steps``, the length of the run. The last weights are validated whether or not ``val_check_interval``
-    meets the end of the run; only a ``check_val_every_n_epoch`` that leaves out the last epoch keeps them from it.
+    test; with ``steps``, the length of the run, and ``data``, the fingerprint of its data. The last weights are
+    validated whether or not ``val_check_interval`` meets the end of the run; only a ``check_val_every_n_epoch`` that
+    leaves out the last epoch keeps them from it.
     """
 
     def __init__(self) -> None:
@@ -211,6 +212,7 @@ class History(L.Callback):
             return
         values = {
             "causal_in_train": self._causal_in_train,
+            "data": getattr(trainer.datamodule, "fingerprint", None),  # type: ignore[attr-defined]
             "steps": trainer.global_step,
             "rows": self.rows,
             "test": test,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.keep_states import KeepStates
-from helpers.programs import HARD, KeepLosses, equal, load, timeless
+from helpers.programs import HARD, PLAIN, KeepLosses, equal, load, timeless
 from torch import Tensor
 
 from evomoe.callbacks import Evolution, WeightAverage
@@ -131,6 +132,14 @@ def test_running_states_of_routers_are_copied(train, tmp_path):
     assert any(name.endswith("router.bias") for name in states)
     assert all(torch.equal(average[name], weights[name]) for name in states)
     assert not any(torch.equal(average[name], weights[name]) for name, _ in objects.task.named_parameters())
+
+
+def test_what_a_task_learns_of_the_data_after_the_average_was_made_is_copied(train, tmp_path):
+    average = "+callbacks.average._target_=evomoe.callbacks.WeightAverage"
+    options = [*PLAIN[:2], average, "task.whole_words=true", "trainer.max_steps=4", "trainer.val_check_interval=2"]
+    values, objects = train(tmp_path, *options, experiment="mlm_switch")
+    assert not objects.task.word_starts.all()
+    assert math.isfinite(values["test/loss_sparse"])
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])

@@ -60,8 +60,8 @@ class MaskedLanguageModeling(EvaluatedTask):
         if not 0 < share < 1:
             raise ConfigError(f"task.share={share}: expected a share of the tokens in (0, 1), such as 0.15")
         self.share = share
-        self.whole_words = whole_words
-        self.register_buffer("word_starts", None, persistent=False)
+        starts = torch.ones(model.mask_id, dtype=torch.bool) if whole_words else None
+        self.register_buffer("word_starts", starts, persistent=False)
         self.most_frequent_id: int | None = None
         self.means = RuleMeans("loss", "accuracy")
         self.unigram = RuleMeans("accuracy")
@@ -78,8 +78,8 @@ class MaskedLanguageModeling(EvaluatedTask):
             raise ConfigError(
                 "data.mask_token=false: masked language modelling needs a token to hide words; set it to true"
             )
-        if self.whole_words:
-            self.word_starts = torch.tensor(data.tokenizer.word_starts(), device=self.device)
+        if self.word_starts is not None:
+            self.word_starts.copy_(torch.tensor(data.tokenizer.word_starts()))
         if stage == "test":
             self.most_frequent_id = int(count_ids(data.training_ids(), data.vocab_size).argmax())
 

@@ -109,6 +109,8 @@ def test_a_run_without_end_is_refused():
         (["trainer.devices=auto"], "devices=auto means 8 processes"),
         (["+trainer.num_nodes=2"], r"devices=1 \+trainer.num_nodes=2 means 2 processes"),
         (["trainer.devices=2", "+trainer.strategy=auto"], "devices=2 means 2 processes"),
+        (["trainer.devices=2", "+trainer.strategy=ddp"], "devices=2 means 2 processes"),
+        (["trainer.devices=2", "trainer.precision=bf16-mixed"], ".*add trainer=ddp .*=2 trainer.precision=bf16-mixed$"),
     ],
 )
 def test_several_processes_need_a_strategy(monkeypatch, overrides, message):
@@ -117,6 +119,14 @@ def test_several_processes_need_a_strategy(monkeypatch, overrides, message):
         check_trainer(compose(*overrides, run_dir=Path("run")).trainer)
     chosen = [override for override in overrides if "strategy" not in override]
     check_trainer(compose("trainer=ddp", *chosen, run_dir=Path("run")).trainer)
+
+
+@pytest.mark.parametrize("devices", ["-1", "[0,1]"])
+def test_devices_of_a_cpu_are_a_number(devices):
+    with pytest.raises(ConfigError, match="with trainer.accelerator=cpu: expected a number of processes$"):
+        check_trainer(
+            compose("trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={devices}", run_dir=Path("run")).trainer
+        )
 
 
 @pytest.mark.parametrize("devices", ["1", "auto", "-1", "[0]", "'0,'"])

@@ -57,7 +57,8 @@ def refusal(*arguments: str, config: str = "train") -> str:
         ("logger=", "logger= does not exist; expected one of csv, none, tensorboard"),
         ("trainer=2", "trainer=2 does not exist; expected one of ddp, default, gpu"),
         ("trainer.limit_train_batches=10", "add a +, as in +trainer.limit_train_batches=10"),
-        ("trainer.strategy=ddp", "trainer.strategy=ddp: trainer has no strategy yet, which it can have: add a +,"),
+        ("trainer.deterministic=true", "trainer has no deterministic yet, which it can have: add a +,"),
+        ("trainer.plugins=x", "there is no key 'trainer.plugins'"),
         ("callbacks.checkpoint.keep_last=9", "add a +, as in +callbacks.checkpoint.keep_last=9"),
     ],
 )
@@ -86,7 +87,7 @@ def test_what_is_right_passes(arguments):
 def test_null_is_the_choice_of_nothing_where_nothing_is_the_default():
     assert drop_empty_choices(["-m", "debug=limit", "seed=1", "debug=null"], CONFIGS, "train") == ["-m", "seed=1"]
     arguments = ["debug=null", "debug=limit", "evolution=null", "comparison=null"]
-    assert drop_empty_choices(arguments, CONFIGS, "train") == arguments
+    assert drop_empty_choices(arguments, CONFIGS, "train") == arguments[1:]
     assert drop_empty_choices(arguments, CONFIGS, "compare") == arguments[:3]
     config = check_overrides(["experiment=gpt_switch", "experiment=null"], CONFIGS, "train")
     assert config.experiment_name == "run"

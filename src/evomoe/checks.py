@@ -81,12 +81,14 @@ def check_trainer(trainer: DictConfig) -> None:
     if bound is not None and not (type(bound) in (int, float) and bound > 0):
         raise ConfigError(f"trainer.gradient_clip_val={bound}: expected a number above 0, or null to clip nothing")
     processes = count_processes(trainer)
-    if processes > 1 and trainer.get("strategy") in (None, "auto"):
+    if processes > 1 and trainer.get("strategy") in (None, "auto", "ddp", "ddp_spawn"):
         devices = str(trainer.devices).replace(" ", "")
         nodes = f" +trainer.num_nodes={trainer.num_nodes}" if trainer.get("num_nodes", 1) > 1 else ""
+        precision = trainer.get("precision")
+        kept = f" trainer.precision={precision}" if precision not in (None, "32-true") else ""
         raise ConfigError(
             f"trainer.devices={devices}{nodes} means {processes} processes, which need a strategy that admits experts"
-            f" without a gradient: add trainer=ddp trainer.devices={devices}"
+            f" without a gradient: add trainer=ddp trainer.devices={devices}{kept}"
         )
 
 
@@ -97,6 +99,8 @@ def count_processes(trainer: DictConfig) -> int:
         ConfigError: Lightning could not read its devices.
     """
     devices, nodes = trainer.devices, trainer.get("num_nodes", 1)
+    if trainer.accelerator == "cpu" and (isinstance(devices, ListConfig) or str(devices).startswith("-")):
+        raise ConfigError(f"trainer.devices={devices} with trainer.accelerator=cpu: expected a number of processes")
     if isinstance(devices, ListConfig):
         return len(devices) * nodes
     text = str(devices)

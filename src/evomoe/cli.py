@@ -35,6 +35,8 @@ TEXT_KEYS = ("prompt", "second", "source", "overrides")
 """Overrides whose value is prose: taken as typed, even where Hydra's grammar makes a list or a number of it."""
 FILLED_BY_RUN = {"model.vocab_size", "model.num_classes", "model.channels", "model.image_size"}
 """Mandatory keys that a user does not give."""
+FILLED_NAMES = {"callbacks", "config", "logger", "model", "plugins", "strategy"}
+"""Arguments that the run gives, or a group does."""
 
 
 def run_main(function: Callable[[DictConfig], Any], config_dir: Path, config_name: str) -> None:
@@ -126,16 +128,20 @@ def read_overrides(arguments: Sequence[str]) -> list[str]:
 
 
 def drop_empty_choices(arguments: Sequence[str], config_dir: Path, config_name: str) -> list[str]:
-    """A command line without the choices of a group that ends as ``debug=null``, where null is the group's default.
+    """A command line without ``debug=null`` and earlier choices of that group, where null is the group's default.
 
     Hydra takes null in a list of defaults, and in no override.
     """
     primary: Any = OmegaConf.to_container(OmegaConf.load(config_dir / f"{config_name}.yaml"))
     entries = [entry for entry in primary.get("defaults", []) if isinstance(entry, dict)]
     empty = {group for entry in entries for group, choice in entry.items() if choice is None}
-    last = {argument.partition("=")[0]: argument for argument in arguments}
-    dropped = {group for group in empty if last.get(group) == f"{group}=null"}
-    return [argument for argument in arguments if argument.partition("=")[0] not in dropped]
+    groups = [argument.partition("=")[0] for argument in arguments]
+    emptied = {group: place for place, group in enumerate(groups) if arguments[place] == f"{group}=null"}
+    return [
+        argument
+        for place, (group, argument) in enumerate(zip(groups, arguments, strict=True))
+        if group not in empty or place > emptied.get(group, -1)
+    ]
 
 
 def is_multirun(arguments: Sequence[str]) -> bool:
@@ -231,7 +237,7 @@ def explain(error: Exception, overrides: Sequence[str], config_dir: Path, config
         if group != key and group in composed and not composed[group] and (config_dir / group).is_dir():
             return f"{override}: there is no {group} here; choose one of {', '.join(_choices(config_dir / group))}"
         parent, _, name = key.rpartition(".")
-        if name in _arguments_at(composed, key):
+        if name in _arguments_at(composed, key) and name not in FILLED_NAMES:
             return f"{override}: {parent} has no {name} yet, which it can have: add a +, as in +{override}"
         return f"{override}: {unknown_key(key, OmegaConf.to_container(composed, resolve=False))}"
     return text

@@ -183,7 +183,7 @@ def _translate(restored: Restored, config: DictConfig) -> list[str]:
     best = []
     for number, source in enumerate(sources):
         # A line feed inside a translation would be read as its end.
-        texts = [" ".join(tokenizer.decode(hypothesis.tokens).split("\n")) for hypothesis in found[number]]
+        texts = [tokenizer.decode(hypothesis.tokens).replace("\n", " ") for hypothesis in found[number]]
         best.append(texts[0])
         if config.n_best == 1:
             _print(texts[0])

@@ -143,8 +143,17 @@ def test_a_folder_of_an_edited_configuration_is_refused(tmp_path):
 
     write_recipe(run(top_k=1, rate=1e-3, gone=2))
     check_recipe(run(top_k=1, rate=1e-3, new=5))
-    with pytest.raises(ConfigError, match=r"another recipe \(top_k=1 there, 2 in the configuration now\): choose"):
-        check_recipe(run(top_k=2, rate=1e-3))
+    for edited, words in (
+        ({"top_k": 2}, "top_k=1 there, 2 in the configuration now"),
+        ({"top_k": 1.0}, "top_k=1 there, 1.0 in the configuration now"),
+        ({"top_k.start": 1}, "top_k=1 there, a group, or nothing in the configuration now"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            check_recipe(run(rate=1e-3, **edited))
+        assert f"holds a run of another recipe ({words}): choose" in str(refused.value)
+    (tmp_path / "recipe.json").write_text('["experiment=x"]')
+    with pytest.raises(ConfigError, match="written by an earlier version of this program"):
+        check_recipe(run())
 
 
 def test_runs_on_data_that_have_changed_are_not_held_side_by_side():
@@ -152,6 +161,6 @@ def test_runs_on_data_that_have_changed_are_not_held_side_by_side():
         run = Run("some", 1, Path(data), (), {"data.train": "text.txt", "seed": 1, **settings})
         return replace(result(2), run=run, data=data)
 
-    check_data([on("old"), on("old"), on("other", **{"data.train": "more.txt"})])
-    with pytest.raises(ConfigError, match="^old and new hold runs on different data with the same settings: a file"):
+    check_data([on("old"), on("old"), on("other", **{"data.train": "more.txt"}), on("adopted", init_from="run")])
+    with pytest.raises(ConfigError, match="^old and new hold runs on different data with the same settings: these"):
         check_data([on("old"), on("new", seed="2")])

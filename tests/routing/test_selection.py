@@ -107,6 +107,12 @@ def test_rounding_of_the_capacity(rounding, multiple, places):
     assert capacity_per_expert(torch.tensor(10), 3, 1, 1.0, rounding, multiple).item() == places
 
 
+def test_halves_are_rounded_as_python_does():
+    tokens = torch.arange(60)
+    expected = [max(round(number / 4), 1) for number in range(60)]
+    assert capacity_per_expert(tokens, 4, 1, 1.0, "round").tolist() == expected
+
+
 @settings(deadline=None)
 @given(choices=choices(), data=st.data())
 def test_choices_and_mask_give_the_same_assignments(choices, data):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evomoe.errors import ConfigError
 
-FIRST_POSITIONS = 16
+FIRST_POSITIONS = 16  # about the length of a short sentence
 
 
 class KeyValueCache:

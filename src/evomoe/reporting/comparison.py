@@ -16,7 +16,7 @@ from evomoe.data.corpus import flatten
 from evomoe.errors import ConfigError
 from evomoe.reporting.figures import draw
 from evomoe.reporting.hparams import write_hparams
-from evomoe.reporting.plan import LENGTH_KEY, Comparison, Method, Run, read_comparison
+from evomoe.reporting.plan import Comparison, Method, Run, read_comparison
 from evomoe.reporting.results import check_data, check_recipe, is_finished, nearest, next_length, read_result
 from evomoe.reporting.runner import LOG_FILE, Failure, Pool, Start, start_process
 from evomoe.reporting.table import Results, unique, write_csv, write_table
@@ -26,9 +26,6 @@ Runs = dict[tuple[str, int], Run]
 
 Configs = dict[str, DictConfig]
 """By label."""
-
-OF_ONE_RUN = ("seed", LENGTH_KEY, "trainer.max_epochs")
-"""What differs between the runs of one method, folders aside; their overrides say how."""
 
 LENGTHS = 3
 """Runs of other lengths that a method may have to meet a budget."""
@@ -76,12 +73,14 @@ def compare(config: DictConfig, root: Path, start: Start | None = None) -> dict[
         tried |= missing.keys()
         runs = _of_budgets(comparison, equal)
 
-    by_budget = {budget: _collect(comparison, of_budget) for budget, of_budget in runs.items()}
-    by_budget = {budget: results for budget, results in by_budget.items() if comparison.reference in results}
-    if by_budget:
-        _report(comparison, by_budget)
-    if failures:
+    try:
+        by_budget = {budget: _collect(comparison, of_budget) for budget, of_budget in runs.items()}
+        by_budget = {budget: results for budget, results in by_budget.items() if comparison.reference in results}
+        if by_budget:
+            _report(comparison, by_budget)
+    finally:
         _complain(failures)
+    if failures:
         sys.exit(1)
     return by_budget
 
@@ -100,8 +99,8 @@ def _compose(comparison: Comparison, method: Method, folder: Path) -> DictConfig
 def _settings(config: DictConfig) -> dict[str, Any]:
     """The values that all runs of a method share, by dotted key; references to others stay references."""
     values: Any = OmegaConf.to_container(config)
-    del values["paths"]
-    return {key: value for key, value in flatten(values).items() if key not in OF_ONE_RUN}
+    del values["paths"], values["seed"]
+    return flatten(values)
 
 
 def _run_missing(pool: Pool, runs: Iterable[Run], configs: Configs) -> list[Failure]:

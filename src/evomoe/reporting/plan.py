@@ -51,7 +51,7 @@ class Run:
         seed: of its weights and the order of its data.
         folder: where it writes.
         overrides: its whole recipe; two runs with the same one are the same run.
-        settings: what the configuration makes of it, seed, length and folders aside.
+        settings: what the configuration makes of it, but for seed and folders, and for a length of its own.
     """
 
     label: str
@@ -116,7 +116,9 @@ class Comparison:
         length = [f"{LENGTH_KEY}={steps}", "trainer.max_epochs=null"]  # epochs must not end it earlier
         recipe = merge(self.run_of(method, seed).overrides, length)
         folder = self.runs / method.label / f"steps_{steps}" / f"seed_{seed}"
-        return Run(method.label, seed, folder, tuple(recipe), method.settings)
+        given = {_key(text) for text in length}
+        settings = {key: value for key, value in method.settings.items() if key not in given}
+        return Run(method.label, seed, folder, tuple(recipe), settings)
 
 
 def merge(*overrides: Iterable[str]) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,17 +91,31 @@ def check_recipe(run: Run) -> None:
     if not path.exists():
         return
     recorded = json.loads(path.read_text(encoding="utf-8"))
-    if recorded["overrides"] != list(run.overrides):
+    if not isinstance(recorded, dict):
+        what = "written by an earlier version of this program"
+    elif recorded["overrides"] != list(run.overrides):
         what = _difference(recorded["overrides"], run.overrides)
+    elif (key := _edited(recorded["settings"], run.settings)) is not None:
+        nothing = "a group, or nothing"
+        there, here = (settings.get(key, nothing) for settings in (recorded["settings"], run.settings))
+        what = f"{key}={there} there, {here} in the configuration now"
     else:
-        edited = (key for key, value in recorded["settings"].items() if run.settings.get(key, value) != value)
-        if (key := next(edited, None)) is None:
-            return
-        what = f"{key}={recorded['settings'][key]} there, {run.settings[key]} in the configuration now"
+        return
     raise ConfigError(
         f"{run.folder} holds a run of another recipe ({what}): choose another name= for this comparison, or another"
         " paths.runs= if it shares its runs with others, or remove the folder"
     )
+
+
+def _edited(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """The first key whose value differs, or that is a value on one side and a group of them on the other."""
+    for key in sorted({*there, *here}):
+        if key in there and key in here:
+            if json.dumps(there[key]) != json.dumps(here[key]):  # 1 is a number of steps, 1.0 a share
+                return key
+        elif any(name.startswith(f"{key}.") for name in (here if key in there else there)):
+            return key
+    return None
 
 
 def _difference(there: Sequence[str], here: Sequence[str]) -> str:
@@ -150,19 +165,20 @@ def read_result(run: Run) -> Result:
 
 
 def check_data(results: Iterable[Result]) -> None:
-    """Refuse to hold runs side by side that read different data by the same settings, as a file was edited meanwhile.
+    """Refuse to hold runs side by side that read different data by the same settings, as these have changed meanwhile.
 
     Raises:
         ConfigError: naming the folders of two of them.
     """
     firsts: dict[str, Result] = {}
     for result in results:
-        settings = [item for item in sorted(result.run.settings.items()) if item[0].startswith("data.")]
+        # A pretrained model may bring its own tokenizer.
+        settings = [item for item in sorted(result.run.settings.items()) if re.match(r"data\.|init_from$", item[0])]
         first = firsts.setdefault(json.dumps(settings), result)
         if result.data != first.data:
             raise ConfigError(
-                f"{first.run.folder} and {result.run.folder} hold runs on different data with the same settings: a file"
-                " has changed; remove the folders of the runs on the older data, and repeat the command"
+                f"{first.run.folder} and {result.run.folder} hold runs on different data with the same settings: these"
+                " have changed meanwhile; remove the folders of the runs on the older data, and repeat the command"
             )
 
 

@@ -143,13 +143,17 @@ def capacity_per_expert(
         num_experts: number of experts E.
         top_k: experts per token K.
         factor: of the capacity.
-        rounding: ``"ceil"``, or ``"round"`` to the nearest, halves up.
+        rounding: ``"ceil"``, or ``"round"`` to the nearest, halves to the even one.
         multiple: then rounded up to a multiple of it.
     """
     # In whole numbers: 100 * 1.1 / 10 is 11 places, and not every device has double precision.
     per_token = Fraction(factor).limit_denominator(10**6) * top_k / num_experts
     places, parts = num_tokens * per_token.numerator, per_token.denominator
-    whole = -(-places // parts) if rounding == "ceil" else (2 * places + parts) // (2 * parts)
+    if rounding == "ceil":
+        whole = -(-places // parts)
+    else:
+        whole = (2 * places + parts) // (2 * parts)
+        whole = whole - ((2 * places + parts) % (2 * parts) == 0) * (whole % 2)
     return -(-whole.clamp(min=1) // multiple) * multiple
 
 

@@ -98,7 +98,7 @@ class ImageClassification(EvaluatedTask):
         return mix(images, labels, alpha)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Logits ``(B, C)`` under the final sparse rule."""
+        """Logits ``(B, C)`` under the final sparse rule; loaders for evaluation have a drawn order."""
         return self.model(batch["images"], valid=batch.get("valid"), final_rule=True)[0]
 
     def _classify(self, batch: dict[str, Tensor], final_rule: bool = False) -> tuple[dict[str, Tensor], list[Routing]]:

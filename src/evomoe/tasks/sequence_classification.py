@@ -125,7 +125,7 @@ class SequenceClassification(EvaluatedTask):
         return values
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Logits ``(B, C)``, or the numbers ``(B, 1)`` of a regression, under the final sparse rule."""
+        """Logits ``(B, C)``, or numbers ``(B, 1)``, under the final sparse rule; evaluation has a drawn order."""
         return self.model(batch["tokens"], valid=batch["valid"], final_rule=True)[0]
 
     def _losses_of(self, outputs: Tensor, labels: Tensor) -> Tensor:

@@ -267,11 +267,11 @@ class ImageDataModule(LightningDataModule):
         return training_loader(images, sampler, self.batch_size, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Return the validation images in order."""
+        """Return the validation images, in an order drawn once for all."""
         return self._evaluation_loader("val")
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Return the test images in order."""
+        """Return the test images, in an order drawn once for all."""
         return self._evaluation_loader("test")
 
     def _evaluation_loader(self, split: str) -> DataLoader[Batch]:

@@ -142,11 +142,11 @@ class LabelledDataModule(StoredDataModule[LabelledStore]):
         return training_loader(sequences, sampler, self.batch_size, self.num_workers, self._padding)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Return the validation rows in order."""
+        """Return the validation rows, in an order drawn once for all."""
         return self._evaluation_loader("val")
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Return the test rows in order."""
+        """Return the test rows, in an order drawn once for all."""
         return self._evaluation_loader("test")
 
     def _evaluation_loader(self, split: str) -> DataLoader[Batch]:

@@ -109,11 +109,11 @@ class TextDataModule(StoredDataModule[TokenStore]):
         )
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Return the validation windows in order."""
+        """Return the validation windows, in an order drawn once for all."""
         return self._evaluation_loader("val")
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Return the test windows in order."""
+        """Return the test windows, in an order drawn once for all."""
         return self._evaluation_loader("test")
 
     def _evaluation_loader(self, split: str) -> DataLoader[Batch]:

@@ -99,7 +99,7 @@ def evaluation_windows(
     rank: int,
     world_size: int,
 ) -> DataLoader[Batch]:
-    """Return the loader of batches `{"tokens": (B, S + 1) int64, "valid": (B, S) bool}`, in order.
+    """Return the loader of batches `{"tokens": (B, S + 1) int64, "valid": (B, S) bool}`.
 
     The ranks together score every id but the first exactly once as a target.
     """

@@ -151,4 +151,4 @@ def test_comparisons_that_share_their_runs_mean_the_same_by_a_label():
         for method in comparison.methods:
             run = comparison.run_of(method, 1)
             assert recipes.setdefault(run.folder, run.overrides) == run.overrides, f"{name}: {method.label}"
-    assert len(recipes) == 34 + 7 + 8
+    assert len(recipes) == 34 + 8 + 8

@@ -56,14 +56,21 @@ def plot(curves: dict[str, Curve], title: str, output: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    violations = {key: key.split("/")[1] for key in curves if key.endswith("/load_max_violation")}
+    keys_of_load = [key for key in curves if key.endswith("/load_max_violation")]
+    layers = sorted({key.split("/")[1] for key in keys_of_load})
+    violations = {
+        key: key.split("/")[1] + (", validation" if key.startswith("val_moe/") else "") for key in sorted(keys_of_load)
+    }
     panels = [(name, keys or violations) for name, keys in PANELS]
     panels = [(name, {key: label for key, label in keys.items() if key in curves}) for name, keys in panels]
     panels = [(name, keys) for name, keys in panels if keys]
     figure, axes = plt.subplots(len(panels), 1, figsize=(8, 2.4 * len(panels)), sharex=True, squeeze=False)
     for axis, (name, keys) in zip(axes[:, 0], panels, strict=True):
         for key, label in keys.items():
-            axis.plot(*curves[key], label=label, marker="o" if key.startswith("val/") else None, markersize=3)
+            style = {"marker": "o", "markersize": 3} if key.startswith("val") else {}
+            if key in violations:  # a layer has one colour, in training and in validation
+                style["color"] = f"C{layers.index(key.split('/')[1])}"
+            axis.plot(*curves[key], label=label, linestyle="--" if key.startswith("val_moe/") else "-", **style)
         axis.set_ylabel(name)
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")

@@ -20,7 +20,8 @@ def test_it_draws_what_was_logged(tmp_path):
     pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
     with SummaryWriter(tmp_path / "run" / "tensorboard") as writer:
         for step in range(5):
-            for key in ("train/loss", "val/loss", "moe/active_experts", "moe/block_1/load_max_violation"):
+            load = ("moe/block_1/load_max_violation", "val_moe/block_1/load_max_violation")
+            for key in ("train/loss", "val/loss", "moe/active_experts", *load):
                 writer.add_scalar(key, 1.0 / (step + 1), step)
     done = call(tmp_path / "run", "--output", tmp_path / "pictures" / "run.png")
     assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar
 
 from rich.progress import Progress
@@ -124,7 +125,15 @@ class SplitCorpus(ABC):
     remedy: ClassVar[str]
     """What a user whose split came out empty can do."""
 
+    left_out: ClassVar[str] = "rows"
+    """What is left out where it is blank, for the notes."""
+
     _holdout = HoldOut((), 0.0)
+
+    @cached_property
+    def _blank(self) -> dict[str, int]:
+        """How many blank ones were left out of each split."""
+        return dict.fromkeys(SPLITS, 0)
 
     @property
     def held_out(self) -> tuple[str, ...]:
@@ -141,17 +150,11 @@ class SplitCorpus(ABC):
 
     def notes(self) -> dict[str, int]:
         """Return counts worth keeping about the reading, such as skipped files; complete once every split is read."""
-        return {}
+        return {f"blank {self.left_out} left out of {split}": count for split, count in self._blank.items() if count}
 
 
 class ItemCorpus(SplitCorpus, Generic[Item]):
     """A corpus of items of one text or several, such as pairs of sentences; one with a blank text is left out."""
-
-    kind: ClassVar[str]
-    """What the items are, for the notes."""
-
-    def __init__(self) -> None:
-        self._blank = dict.fromkeys(SPLITS, 0)
 
     @abstractmethod
     def _read(self, split: str, progress: Progress) -> Iterator[Item]:
@@ -174,7 +177,3 @@ class ItemCorpus(SplitCorpus, Generic[Item]):
                 yield item
             else:
                 self._blank[split] += 1
-
-    def notes(self) -> dict[str, int]:
-        """Return how many items were left out, by split; complete once every split is read."""
-        return {f"blank {self.kind} left out of {split}": count for split, count in self._blank.items() if count}

@@ -104,9 +104,8 @@ class EvaluationSampler(DistributedSampler[int]):
         return self._per_rank
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(self._items, generator=torch.Generator().manual_seed(0))
         padding = torch.arange(self._items, self._per_rank * self.num_replicas)
-        return iter(torch.cat([order, padding])[self.rank :: self.num_replicas].tolist())
+        return iter(torch.cat([drawn_order(self._items), padding])[self.rank :: self.num_replicas].tolist())
 
 
 class ResumableDataLoader(DataLoader[Batch]):
@@ -205,6 +204,11 @@ def evaluation_loader(
         generator=_own_generator(0),
         worker_init_fn=leave_signals_to_trainer,
     )
+
+
+def drawn_order(count: int) -> torch.Tensor:
+    """Return the numbers below `count` in an order drawn once for all, whatever the seed of a run."""
+    return torch.randperm(count, generator=_own_generator(0))
 
 
 def rank_and_world_size() -> tuple[int, int]:

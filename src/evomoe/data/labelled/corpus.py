@@ -102,7 +102,6 @@ class LabelledCorpus(ItemCorpus[Row]):
 
     contents = "labelled sentence"
     remedy = "give data with some"
-    kind = "rows"
 
     def _texts(self, item: Row) -> Iterable[str]:
         return [item.first] if item.second is None else [item.first, item.second]

@@ -44,7 +44,6 @@ class DocstringOrigin(LabelledCorpus):
     """
 
     def __init__(self, packages: Sequence[str] = PACKAGES, per_class: int | None = None) -> None:
-        super().__init__()
         if len(set(packages)) < 2:
             raise ConfigError(f"data.packages=[{','.join(packages)}]: expected at least two packages to tell apart")
         if per_class is not None and per_class < 1:

@@ -48,7 +48,6 @@ class LabelledFiles(LabelledCorpus):
         holdout: float = 0.05,
         bad_lines: str = "refuse",
     ) -> None:
-        super().__init__()
         if bad_lines not in BAD_LINES:
             raise ConfigError(
                 f"data.bad_lines={bad_lines} is unknown; use data.bad_lines=refuse or data.bad_lines=drop"
@@ -170,7 +169,6 @@ class HubLabels(LabelledCorpus):
         columns: ColumnChoice,
         holdout: float = 0.05,
     ) -> None:
-        super().__init__()
         self._hub = HubDataset(name, config, train, val, test)
         self._columns = columns
         self._classes: list[str] | None = None

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from evomoe.data.pairs.store import PairFile
-from evomoe.data.sampling import Batch, TrainingSampler
+from evomoe.data.sampling import Batch, TrainingSampler, drawn_order
 from evomoe.errors import ConfigError
 
 LENGTH_STEP = 4
@@ -124,7 +124,7 @@ class BucketSampler(TrainingSampler):
 def evaluation_batches(lengths: np.ndarray, batch_tokens: int, world_size: int) -> list[list[int]]:
     """Cut a split into batches of about one length, and add batches of padding for processes that would have none.
 
-    They come in an order drawn once for all: each batch is of one length, and the first few are of a few lengths only.
+    The shortest come first; a loader draws their order.
 
     Args:
         lengths: Tokens of the longer side of each pair, its end included.
@@ -134,8 +134,7 @@ def evaluation_batches(lengths: np.ndarray, batch_tokens: int, world_size: int) 
     ranked = np.argsort(lengths, kind="stable")
     cuts = cut(lengths[ranked], batch_tokens, 1)
     batches = [ranked[start:end].tolist() for start, end in pairwise(cuts)]
-    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()
-    return [batches[number] for number in order] + [[PADDING]] * (-len(batches) % world_size)
+    return batches + [[PADDING]] * (-len(batches) % world_size)
 
 
 def sample_batches(lengths: np.ndarray, count: int, batch_tokens: int, rank: int, world_size: int) -> list[list[int]]:
@@ -150,7 +149,7 @@ def sample_batches(lengths: np.ndarray, count: int, batch_tokens: int, rank: int
         rank: This process.
         world_size: Number of processes.
     """
-    drawn = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).numpy()[:count]
+    drawn = drawn_order(len(lengths)).numpy()[:count]
     mine = drawn[rank::world_size]
     if not len(mine):
         return []

@@ -36,10 +36,9 @@ class PairCorpus(ItemCorpus[Pair]):
 
     contents = "pair of sentences"
     remedy = "give files with text"
-    kind = "pairs"
+    left_out = "pairs"
 
     def __init__(self, source: str, target: str) -> None:
-        super().__init__()
         if source == target:
             raise ConfigError(f"data.source={source} and data.target={target} are one language: give two")
         self.source = source

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from evomoe.data.corpus import SPLITS, HoldOut, track
+from evomoe.data.corpus import HoldOut, track
 from evomoe.data.hub import HubDataset
 from evomoe.data.text.corpus import Corpus, Piece, blocks, select
 from evomoe.errors import ConfigError
@@ -54,11 +54,6 @@ class HubCorpus(Corpus):
         self._text_field = text_field
         self._rows = rows
         self._holdout = HoldOut(self._hub.missing, holdout, "SPLIT")
-        self._blank = dict.fromkeys(SPLITS, 0)
-
-    def notes(self) -> dict[str, int]:
-        """Return how many rows were left out, by split; complete once every split is read."""
-        return {f"blank rows left out of {split}": count for split, count in self._blank.items() if count}
 
     def identity(self) -> dict[str, Any]:
         """Return the options and the hash that `datasets` gives this revision of the data."""

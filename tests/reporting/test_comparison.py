@@ -76,6 +76,23 @@ def test_what_is_added_is_run_and_nothing_else(capsys):
         assert len(list(csv.DictReader(file))) == 9
 
 
+def test_tables_of_what_is_finished_without_running_the_rest(capsys):
+    with pytest.raises(ConfigError, match="^train=false: no run of gpt_switch, .* is finished in logs/comparisons/ad"):
+        held(METHODS, "train=false")
+    held(METHODS)
+    capsys.readouterr()
+    held("experiments=[gpt_dts,gpt_switch,gpt_dense]", "seeds=[1,2,3]", "budget=[steps,flops]", "train=false")
+    assert lives() == ONCE
+    written = capsys.readouterr().out
+    assert "Seeds 1, 2" in written and "gpt_dense" not in written.partition("- `python")[0]
+
+
+def test_a_recipe_is_checked_without_running_anything():
+    held(METHODS)
+    with pytest.raises(ConfigError, match="holds a run of another recipe"):
+        held(METHODS, "train=false", "overrides=trainer.max_steps=7")
+
+
 def test_equal_flops_and_seconds_are_runs_of_another_length():
     dear = "{dear: {experiment: gpt_dts, overrides: ['+price=2']}}"
     near = "{near: {experiment: gpt_dts, overrides: ['+price=1.01']}}"

@@ -54,7 +54,6 @@ def compare(config: DictConfig, root: Path, start: Start | None = None) -> dict[
     configs = {method.label: _compose(comparison, method, root / "configs") for method in comparison.methods}
     methods = [replace(method, settings=_settings(configs[method.label])) for method in comparison.methods]
     comparison = replace(comparison, methods=tuple(methods))
-    pool = Pool(start or start_process(root / "train.py", config.threads), config.workers, config.refresh_seconds)
     comparison.output.mkdir(parents=True, exist_ok=True)
 
     # Seed by seed, so that an unfinished comparison is one of fewer seeds.
@@ -63,17 +62,15 @@ def compare(config: DictConfig, root: Path, start: Start | None = None) -> dict[
         for seed in comparison.seeds
         for method in comparison.methods
     }
-    failures = _run_missing(pool, equal.values(), configs)
-    runs = _of_budgets(comparison, equal)
-    tried = set(equal.values())
-    while missing := dict.fromkeys(
-        run for of_budget in runs.values() for run in of_budget.values() if not is_finished(run) and run not in tried
-    ):
-        failures += _run_missing(pool, missing, configs)
-        tried |= missing.keys()
-        runs = _of_budgets(comparison, equal)
+    failures: list[Failure] = []
+    if config.train:
+        start = start or start_process(root / "train.py", config.threads)
+        failures = _train(Pool(start, config.workers, config.refresh_seconds), comparison, equal, configs)
+    else:
+        _check_begun(comparison, equal)
 
     try:
+        runs = _of_budgets(comparison, equal)
         by_budget = {budget: _collect(comparison, of_budget) for budget, of_budget in runs.items()}
         by_budget = {budget: results for budget, results in by_budget.items() if comparison.reference in results}
         if by_budget:
@@ -101,6 +98,32 @@ def _settings(config: DictConfig) -> dict[str, Any]:
     values: Any = OmegaConf.to_container(config)
     del values["paths"], values["seed"]
     return flatten(values)
+
+
+def _train(pool: Pool, comparison: Comparison, equal: Runs, configs: Configs) -> list[Failure]:
+    """Run all that is missing: of equal steps first, then, as far as it is known by then, of the other budgets."""
+    failures = _run_missing(pool, equal.values(), configs)
+    tried = set(equal.values())
+    while missing := dict.fromkeys(
+        run
+        for of_budget in _of_budgets(comparison, equal).values()
+        for run in of_budget.values()
+        if not is_finished(run) and run not in tried
+    ):
+        failures += _run_missing(pool, missing, configs)
+        tried |= missing.keys()
+    return failures
+
+
+def _check_begun(comparison: Comparison, equal: Runs) -> None:
+    """Refuse tables of runs of another recipe, and of none at all."""
+    for run in equal.values():
+        check_recipe(run)
+    if not any(is_finished(run) for run in equal.values() if run.label == comparison.reference):
+        raise ConfigError(
+            f"train=false: no run of {comparison.reference}, to which the others are held, is finished in"
+            f" {comparison.runs}: train one first, without train=false"
+        )
 
 
 def _run_missing(pool: Pool, runs: Iterable[Run], configs: Configs) -> list[Failure]:

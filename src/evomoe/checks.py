@@ -55,8 +55,12 @@ def check_accelerator(key: str, accelerator: Any, remedy: str) -> None:
     """Refuse an accelerator that does not exist, or a GPU that is not there."""
     if isinstance(accelerator, str) and accelerator not in {"auto", "gpu", *AcceleratorRegistry}:
         raise ConfigError(f"{key}={accelerator} is unknown: expected cpu, gpu or auto")
-    if accelerator in ("gpu", "cuda") and not (CUDAAccelerator.is_available() or MPSAccelerator.is_available()):
+    if accelerator in ("gpu", "cuda") and not _has_gpu():
         raise ConfigError(f"{key}={accelerator}: no GPU is found here; use {remedy}")
+
+
+def _has_gpu() -> bool:
+    return CUDAAccelerator.is_available() or MPSAccelerator.is_available()
 
 
 def check_share(key: str, value: Any) -> None:
@@ -99,8 +103,9 @@ def count_processes(trainer: DictConfig) -> int:
         ConfigError: Lightning could not read its devices.
     """
     devices, nodes = trainer.devices, trainer.get("num_nodes", 1)
-    if trainer.accelerator == "cpu" and (isinstance(devices, ListConfig) or str(devices).startswith("-")):
-        raise ConfigError(f"trainer.devices={devices} with trainer.accelerator=cpu: expected a number of processes")
+    on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not _has_gpu())
+    if on_cpu and devices != "auto" and not str(devices).strip().isdecimal():
+        raise ConfigError(f"trainer.devices={devices} on the CPU: expected a number of processes")
     if isinstance(devices, ListConfig):
         return len(devices) * nodes
     text = str(devices)

@@ -115,6 +115,13 @@ def test_frozen_routers_leave_as_they_came(fine_tune, pretrained):
     assert not torch.equal(before["model.position_embedding.weight"], after["model.position_embedding.weight"])
 
 
+def test_routers_are_frozen_only_after_a_pretraining(fine_tune):
+    with pytest.raises(
+        ConfigError, match="^task.freeze_routers=true keeps routers as they were pretrained, .*init_from"
+    ):
+        fine_tune("task.freeze_routers=true")
+
+
 def test_a_fine_tuned_model_is_measured_with_its_own_tokenizer(train, tmp_path, pretrained):
     whole = ["trainer.limit_test_batches=1.0", "test=true"]
     values, _ = train(

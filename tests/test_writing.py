@@ -82,6 +82,12 @@ def test_the_experts_of_each_token_are_shown(trained, capsys):
     assert all(re.search(r"│ [0-3]:[01]\.\d\d +│$", row) for row in rows)  # hardened: one expert a token
 
 
+def test_a_dense_model_has_no_experts_to_show(train, tmp_path):
+    train(tmp_path / "dense" / "run", *PLAIN, "trainer.max_steps=1", experiment="gpt_dense")
+    with pytest.raises(ConfigError, match="^show_experts=true: .* has no experts, as its model is dense$"):
+        writing.write(compose(f"log_dir={tmp_path}", "prompt=a", "show_experts=true", config="generate"))
+
+
 @pytest.mark.parametrize("prompt", ['""', "[]", '["a",""]', "null"])
 def test_an_empty_prompt_is_refused(trained, prompt):
     with pytest.raises(ConfigError, match="^prompt is empty"):
@@ -134,6 +140,7 @@ def test_sentences_are_translated(train, tmp_path, capsys, monkeypatch):
         (["source=[]"], "^source is empty"),
         (["prompt=a"], "prompt is for a model that writes on, and .* translates: give source"),
         (["source_file=none.txt"], "source_file=none.txt: there is no such file"),
+        ([f"source_file={tmp_path}"], "is a folder; expected a file with a sentence in every line"),
         ([f"source_file={tmp_path / 'gap.txt'}"], r"gap.txt, line 2 is empty: expected a sentence in every line"),
         (
             [quote_text("source=" + "again " * 40)],

@@ -134,13 +134,16 @@ def check_validation(trainer: DictConfig, data: L.LightningDataModule) -> None:
         )
 
 
-def check_resume(config: DictConfig, path: Path, data: L.LightningDataModule) -> None:
+def check_resume(config: DictConfig, path: Path, data: L.LightningDataModule) -> int:
     """Refuse to go on from the checkpoint of other data, another router or another size of model.
 
     Args:
         config: of the run.
         path: the checkpoint.
         data: of the run, set up.
+
+    Returns:
+        The optimizer steps that the checkpoint has behind it.
     """
     checkpoint = load_checkpoint(path)
     there = config_of(checkpoint, path)
@@ -150,6 +153,7 @@ def check_resume(config: DictConfig, path: Path, data: L.LightningDataModule) ->
         data.load_state_dict(state)
     keys = [f"model.{key}" for key in config.model if key not in FREE_KEYS]
     _check_equal(path, there, config, [*keys, "router.gate._target_"])
+    return checkpoint["global_step"]
 
 
 def _check_equal(path: Path, there: DictConfig, here: DictConfig, keys: Sequence[str]) -> None:

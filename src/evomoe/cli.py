@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
@@ -52,8 +54,10 @@ def run_main(function: Callable[[DictConfig], Any], config_dir: Path, config_nam
         check_overrides(read_overrides(sys.argv[1:]), config_dir, config_name)
     except ConfigError as error:
         _refuse(error)
-    if is_multirun(sys.argv[1:]):
+    several = is_multirun(sys.argv[1:])
+    if several:
         sys.argv[1:] = _name_sweep(sys.argv[1:])
+    failed: list[str] = []
 
     @hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)
     def main(config: DictConfig) -> None:
@@ -61,10 +65,12 @@ def run_main(function: Callable[[DictConfig], Any], config_dir: Path, config_nam
             check_missing(config)
             with _logged_warnings():
                 function(config)
-        except ConfigError as error:
-            _refuse(error)
-        except NonFiniteError as error:
-            _refuse(error, status=3)
+        except (ConfigError, NonFiniteError) as error:
+            if not several:
+                _refuse(error, status=2 if isinstance(error, ConfigError) else 3)
+            job = HydraConfig.get().job
+            failed.append(f"job {job.num} ({job.override_dirname.replace(',', ' ')})")
+            print(f"error: {failed[-1]}: {error}", file=sys.stderr)
         except (KeyboardInterrupt, SystemExit) as error:
             # Lightning turns a Ctrl-C outside of training into status 1.
             if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
@@ -72,16 +78,26 @@ def run_main(function: Callable[[DictConfig], Any], config_dir: Path, config_nam
             sys.exit(130)
 
     main()
+    if failed:
+        _refuse(ConfigError(f"{', '.join(failed)} failed; the others are done"))
 
 
 @contextlib.contextmanager
 def _logged_warnings() -> Iterator[None]:
-    """Send warnings to the log, if the configuration has one."""
+    """Send warnings to the log, if the configuration has one; those of this package without the line of code."""
+    usual = warnings.formatwarning
+
+    def formatted(message: Warning | str, category: type[Warning], filename: str, *where: Any, **line: Any) -> str:
+        own = Path(filename).is_relative_to(Path(__file__).parent)
+        return str(message) if own else usual(message, category, filename, *where, **line)
+
     logging.captureWarnings(bool(logging.root.handlers))
+    warnings.formatwarning = formatted
     try:
         yield
     finally:
         logging.captureWarnings(False)
+        warnings.formatwarning = usual
 
 
 def _refuse(error: Exception, status: int = 2) -> None:

@@ -155,6 +155,11 @@ def find_pretrained(config: DictConfig, resume_from: Path | None) -> Pretrained 
         check_targets(there, resume_from)
         return Pretrained(resume_from, checkpoint, there, there.evolution)
     if config.init_from is None:
+        if config.task.get("freeze_routers"):
+            raise ConfigError(
+                "task.freeze_routers=true keeps routers as they were pretrained, and these would stay as they are"
+                " drawn: add init_from=last, or leave it out"
+            )
         return None
     if not isinstance(config.init_from, str):
         raise ConfigError(f"init_from={config.init_from}: expected a file, a run's folder, or last")

@@ -60,8 +60,7 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     with open_dict(config):
         config.model.update(data.model_sizes())
     check_validation(config.trainer, data)
-    if resume_from is not None:
-        check_resume(config, resume_from, data)
+    done = 0 if resume_from is None else check_resume(config, resume_from, data)
     L.seed_everything(config.seed, workers=True, verbose=False)  # building a corpus draws nothing that the model sees
     task = instantiate(config.task, model=instantiate(config.model))
     if pretrained is not None:
@@ -94,6 +93,8 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     )
     if resume_from is not None:
         rank_zero_info(f"Resuming from {resume_from}")
+        if 0 < config.trainer.get("max_steps", -1) <= done:
+            rank_zero_info(f"No step is left to train: the checkpoint is at {done} of {config.trainer.max_steps}")
     elif pretrained is not None:
         rank_zero_info(pretrained.describe())
     trainer.fit(task, datamodule=data, ckpt_path=resume_from)

@@ -119,6 +119,8 @@ def _classify(restored: Restored, config: DictConfig) -> list[str]:
 def _continue(restored: Restored, config: DictConfig) -> list[str]:
     prompts = _texts("prompt", config.prompt, "def ")
     model: GPT = restored.task.model
+    if config.show_experts and not model.moe_layers:
+        raise ConfigError(f"show_experts=true: {restored.path} has no experts, as its model is dense")
     encoded = [restored.tokenizer.encode(prompt) for prompt in prompts]
     written = generate(
         model,
@@ -200,7 +202,8 @@ def _translate(restored: Restored, config: DictConfig) -> list[str]:
 
 def _read_sentences(path: Path) -> list[str]:
     if not path.is_file():
-        raise ConfigError(f"source_file={path}: there is no such file")
+        what = "is a folder" if path.is_dir() else "there is no such file"
+        raise ConfigError(f"source_file={path}: {what}; expected a file with a sentence in every line")
     sentences = [line.rstrip("\r\n") for line in lines(path)]
     for number, sentence in enumerate(sentences):
         if not sentence.strip():

@@ -84,7 +84,8 @@ def test_tables_of_what_is_finished_without_running_the_rest(capsys):
     held("experiments=[gpt_dts,gpt_switch,gpt_dense]", "seeds=[1,2,3]", "budget=[steps,flops]", "train=false")
     assert lives() == ONCE
     written = capsys.readouterr().out
-    assert "Seeds 1, 2" in written and "gpt_dense" not in written.partition("- `python")[0]
+    assert "Seeds 1, 2" in written
+    assert "gpt_dense" not in written.partition("- `python")[0]
 
 
 def test_a_recipe_is_checked_without_running_anything():

@@ -146,9 +146,10 @@ def test_every_method_of_every_comparison_composes(name):
 def test_comparisons_that_share_their_runs_mean_the_same_by_a_label():
     recipes: dict[Path, tuple[str, ...]] = {}
     names = [name for name in COMPARISONS if name.startswith("ablate_")] + ["main", "coefficients"]
+    names += ["multi30k_gpu", "multi30k_recipes"]
     for name in names:
         comparison = read(f"comparison={name}")
         for method in comparison.methods:
             run = comparison.run_of(method, 1)
             assert recipes.setdefault(run.folder, run.overrides) == run.overrides, f"{name}: {method.label}"
-    assert len(recipes) == 34 + 8 + 8
+    assert len(recipes) == 34 + 9 + 8 + 7 + 5

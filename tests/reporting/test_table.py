@@ -62,7 +62,7 @@ GOLDEN = """\
 | switch | 7.1500 ± 0.0707 | - | 3.1500 ± 0.0707 | 23.37 ± 1.65 | 4 | 4 | 8.0 | 1.25 | 1.00 | 0.50 | no |
 | dense (1 of 2 seeds) | 7.2000 | +0.0000 | 3.2000 | 24.53 | 4 | 2 | 8.0 | - | - | - | no |
 
-Cost to the final validation loss of switch, over what switch needed for it:
+Cost to the final validation loss of switch, over what switch needed for it; a dash where no validation shows that loss:
 
 | method | steps | training FLOPs | seconds | seeds that reached it |
 | --- | ---: | ---: | ---: | ---: |

@@ -45,6 +45,19 @@ def test_cutmix_pastes_one_box_and_counts_its_pixels(seed):
 
 
 @pytest.mark.parametrize("mix", [mix_up, cut_mix])
+def test_half_precision_draws_the_same_shares(mix):
+    shares = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        torch.set_default_dtype(dtype)  # as Lightning does under bf16-true
+        try:
+            shares.append(mix(*batch(), alpha=0.4).share)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert shares[0] == shares[1]
+
+
+@pytest.mark.parametrize("mix", [mix_up, cut_mix])
 def test_the_same_seed_mixes_alike(mix):
     results = []
     for _ in range(2):

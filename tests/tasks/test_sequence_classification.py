@@ -121,6 +121,14 @@ def test_evaluation_is_the_mean_over_the_real_sequences_under_both_rules():
     assert {"test/f1", "test/matthews", "test/f1_sparse", "test/matthews_sparse"} <= values.keys()
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_numbers_in_half_precision_are_refused(precision):
+    trainer = make_trainer(precision=precision)
+    mixed = precision.replace("true", "mixed")
+    with pytest.raises(ConfigError, match=f"^trainer.precision={precision} rounds .* to three digits: use {mixed}$"):
+        trainer.test(make_task(regression=True), datamodule=Sequences(regression=True), verbose=False)
+
+
 def test_numbers_are_held_against_numbers():
     task = make_task(regression=True)
     sharpen(task)

@@ -60,6 +60,14 @@ def test_scores_of_two_classes_worked_out_by_hand():
     assert values["f1_sparse"] == values["matthews_sparse"] == 0  # never class 1
 
 
+def test_a_constant_guess_scores_nothing_whatever_the_rounding():
+    scores = SequenceScores(["matthews"], 4)
+    labels = torch.tensor([0] * 2693 + [1, 3])
+    scores.update(one_hot([0] * 2695, 4), one_hot(labels.tolist(), 4), labels)
+    assert float(scores.compute()["matthews"]) == 0
+    assert float(scores.compute()["matthews_sparse"]) == pytest.approx(1)
+
+
 def test_correlations_worked_out_by_hand():
     scores = SequenceScores(NUMBER_NAMES, 1)
     predictions, labels = torch.tensor([[1.0], [2.0], [2.0], [10.0]]), torch.tensor([1.0, 3.0, 2.0, 4.0])

@@ -92,6 +92,16 @@ def test_a_validation_translates_the_same_sample_of_the_split_however_few_batche
         assert all(sentence.source == data.texts("val", sentence.index)[0] for sentence in task.translations)
 
 
+def test_callbacks_hear_the_batch_before_the_sample_is_translated(tmp_path: Path) -> None:
+    task, heard = make_task(), []
+    layer = task.model.moe_layers["decoder_1"]
+    layer.register_forward_pre_hook(lambda _, inputs: heard.append(tuple(inputs[0].shape[:2])))
+    data = data_module(tmp_path, eval_batch_tokens=64)
+    make_trainer(limit_val_batches=1).validate(task, datamodule=data, verbose=False)
+    assert task.translations
+    assert heard[0] == tuple(next(iter(data.val_dataloader()))["valid"].shape)
+
+
 def test_a_validation_translates_as_many_sentences_as_it_is_asked_for(tmp_path: Path) -> None:
     data = data_module(tmp_path, eval_batch_tokens=64)
     for count, expected in ((3, 3), (0, 0), (100, 9)):

@@ -185,6 +185,15 @@ class Evolution(L.Callback):
             )
         return Schedule(decay.start, decay.end, length, decay.shape)
 
+    def _overrides_of(self, plan: EvolutionPlan) -> str:
+        """What a command line needs to have ``plan`` whatever the length of the run."""
+        steps = {"diversify": plan.spawn_at, "harden": plan.harden_at}
+        if self.temperature is not None:
+            steps["temperature.length"] = plan.temperature.length
+        if self.noise is not None:
+            steps["noise.length"] = plan.noise_scale.length
+        return " ".join(f"evolution.{key}={'null' if at is None else at}" for key, at in steps.items())
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a model without MoE layers, and put a fresh one into the diversify phase.
 
@@ -202,6 +211,14 @@ class Evolution(L.Callback):
         """Resolve the plan, and refuse one that cannot happen before any training."""
         plan = self.make_plan(total_steps(trainer))
         if self.plan is not None and self.plan != plan:
+            step = trainer.global_step if self._restored_step is None else self._restored_step
+            before, after = (PHASES.index(of.at(step).phase) for of in (self.plan, plan))
+            if after < before:
+                raise ConfigError(
+                    f"the checkpoint at step {step} is {PHASES[before]} ({self.plan.describe()}), and this plan would"
+                    f" take it back to {PHASES[after]} ({plan.describe()}): keep the plan of the checkpoint, with"
+                    f" {self._overrides_of(self.plan)}"
+                )
             rank_zero_warn(f"The checkpoint was trained under another plan ({self.plan.describe()}).")
         idle = [name for name in ("temperature", "noise", "harden") if getattr(self, name) is not None]
         deaf = {type(layer.router).__name__ for _, layer in moe_layers(pl_module) if not layer.router.scheduled}

@@ -70,7 +70,8 @@ def generate(
         seed: seed of the draws.
         stop_id: a row ends when it draws this token.
         final_rule: route by the final sparse rule instead of the training rule.
-        return_routing: also say which experts worked for each token, at the price of one more forward pass.
+        return_routing: also say which experts work for each token of the whole text, at the price of one more forward
+            pass. Where tokens compete for experts, those that worked while it was written can be others.
 
     Returns:
         One result per prompt, in order.

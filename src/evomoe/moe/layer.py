@@ -62,6 +62,7 @@ class MoELayer(nn.Module):
         if shared_experts < 0:
             raise ConfigError(f"shared_experts={shared_experts}: expected 0 or more")
         self.num_experts = num_experts
+        self.d_model = d_model
         self.router = router(d_model, num_experts)
         build = partial(
             Experts,
@@ -117,6 +118,8 @@ class MoELayer(nn.Module):
             ``(B, S, D)`` of the type of ``hidden``, without the residual, and the routing.
         """
         batch, sequence, width = hidden.shape
+        if width != self.d_model:
+            raise ValueError(f"hidden has width {width}, and the layer d_model={self.d_model}")
         flat = hidden.reshape(-1, width)  # (T, D)
         inputs = RoutingInput(
             hidden=flat,

@@ -62,7 +62,7 @@ def spawn_experts(
     seed: int,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
-    """Write experts 1 to E - 1 of every layer from its expert 0, in place, and let all of them live.
+    """Write all experts of every layer from its expert 0, itself last, in place, and let all of them live.
 
     Only the experts' parameters (and their optimizer state) change. The draws depend on ``seed``, the layer's name and
     the expert's index alone, so every process and every resumed run spawns the same experts.

@@ -54,7 +54,6 @@ def compare(config: DictConfig, root: Path, start: Start | None = None) -> dict[
     configs = {method.label: _compose(comparison, method, root / "configs") for method in comparison.methods}
     methods = [replace(method, settings=_settings(configs[method.label])) for method in comparison.methods]
     comparison = replace(comparison, methods=tuple(methods))
-    comparison.output.mkdir(parents=True, exist_ok=True)
 
     # Seed by seed, so that an unfinished comparison is one of fewer seeds.
     equal = {
@@ -200,6 +199,7 @@ def _collect(comparison: Comparison, runs: Runs) -> Results:
 
 
 def _report(comparison: Comparison, by_budget: Mapping[str, Results]) -> None:
+    comparison.output.mkdir(parents=True, exist_ok=True)
     print(write_table(comparison, by_budget))
     write_csv(comparison, by_budget)
     write_hparams(comparison, by_budget)

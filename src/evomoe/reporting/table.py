@@ -35,7 +35,8 @@ def write_table(comparison: Comparison, by_budget: Mapping[str, Results], comman
     """
     if command is None:
         typed = sys.orig_argv[len(sys.orig_argv) - len(sys.argv) + 1 :]  # sys.argv holds what Hydra was told instead
-        command = shlex.join(["python", Path(sys.argv[0]).name, *typed])
+        # Without train=false it is the command that makes the table.
+        command = shlex.join(["python", Path(sys.argv[0]).name, *(word for word in typed if word != "train=false")])
     parts = [f"# {comparison.name}\n"]
     for budget, results in by_budget.items():
         parts.append(
@@ -43,7 +44,7 @@ def write_table(comparison: Comparison, by_budget: Mapping[str, Results], comman
         )
         parts.append(
             f"\nCost to the final validation loss of {comparison.reference}, over what {comparison.reference} needed"
-            f" for it:\n\n{reach_table(comparison, results)}"
+            f" for it; a dash where no validation shows that loss:\n\n{reach_table(comparison, results)}"
         )
     parts.append(f"\n{footer(comparison, by_budget, command)}")
     text = "".join(parts)

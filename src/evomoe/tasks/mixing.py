@@ -65,7 +65,8 @@ def cut_mix(images: Tensor, labels: Tensor, alpha: float) -> Mixed:
 
 def _draw(alpha: float, batch: int) -> tuple[float, list[int]]:
     """The share of the first image, and the number of the second for each of the batch."""
-    return float(Beta(alpha, alpha).sample()), torch.randperm(batch).tolist()
+    alphas = torch.tensor([alpha, alpha], dtype=torch.float32)  # under bf16-true the default has no Beta
+    return float(Beta(*alphas).sample()), torch.randperm(batch).tolist()
 
 
 def _span(size: int, share: float) -> slice:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evomoe.errors import ConfigError
 from evomoe.models.flops import Work
 from evomoe.models.sequence_classifier import SequenceClassifier
 from evomoe.routing import Routing, Words
@@ -82,6 +83,11 @@ class SequenceClassification(EvaluatedTask):
 
     def setup(self, stage: str) -> None:
         """Show the text to routers that ask for it, but for those that have read another; find the largest class."""
+        if self.is_regression and self.trainer.precision in ("16-true", "bf16-true"):
+            mixed = self.trainer.precision.replace("true", "mixed")
+            raise ConfigError(
+                f"trainer.precision={self.trainer.precision} rounds the numbers to learn to three digits: use {mixed}"
+            )
         if not self.is_pretrained:
             super().setup(stage)
         if stage == "test" and not self.is_regression:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
@@ -25,10 +26,12 @@ class Matthews(MulticlassConfusionMatrix):
     def compute(self) -> Tensor:
         """The correlation over all processes, a 0-dim tensor."""
         counts = super().compute()  # (C, C), a row for each label
+        if any((counts.sum(dim=dim) > 0).sum() < 2 for dim in (0, 1)):  # shares add up to 1 but for rounding
+            return torch.zeros((), device=counts.device)
         shares = counts / counts.sum()
         labels, predictions = shares.sum(dim=1), shares.sum(dim=0)
         spread = (1 - labels @ labels) * (1 - predictions @ predictions)
-        return (shares.trace() - labels @ predictions) / spread.sqrt() if spread > 0 else spread.new_zeros(())
+        return (shares.trace() - labels @ predictions) / spread.sqrt()
 
 
 CLASS_SCORES: Mapping[str, Callable[[int], Metric]] = {

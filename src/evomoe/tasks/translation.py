@@ -106,14 +106,15 @@ class Translation(EvaluatedTask):
 
     def evaluation_step(self, batch: dict[str, Tensor], batch_idx: int, split: str) -> dict[str, Any]:
         """Add the loss of one batch, and translate: all sentences of a test; of a validation a sample, at its start."""
-        # Here and not when the epoch begins or ends: autocast is on, and so are averaged weights.
+        loss, sparse_loss, final_routings = self.under_both_rules(partial(self._cross_entropy, batch))
+        self.means.update(batch["valid"].sum(), {"loss": loss}, {"loss": sparse_loss})
+        # Here and not when the epoch begins or ends: autocast is on, and so are averaged weights. After the batch's own
+        # forward pass, which is the first that callbacks listen to.
         if split == "test":
             self._translate(batch, split, self.beam)
         elif batch_idx == 0 and not self.trainer.sanity_checking:
             for sample in self.trainer.datamodule.sample(split, self.val_sentences):  # type: ignore[attr-defined]
                 self._translate({name: values.to(self.device) for name, values in sample.items()}, split, beam=1)
-        loss, sparse_loss, final_routings = self.under_both_rules(partial(self._cross_entropy, batch))
-        self.means.update(batch["valid"].sum(), {"loss": loss}, {"loss": sparse_loss})
         source, target = Words(batch["source"], batch["source_valid"]), Words(batch["target"][:, :-1], batch["valid"])
         half = len(final_routings) // 2
         words = [source] * half + [target] * (len(final_routings) - half)

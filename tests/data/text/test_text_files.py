@@ -157,6 +157,8 @@ class TestErrors:
         assert not (tmp_path / "cache").exists()
 
     def test_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"^data.val: .* is a folder; for its files write data.val='.*/\*.txt'$"):
+            TextFileCorpus(write(tmp_path / "a.txt", "a"), val=str(tmp_path))
         with pytest.raises(ConfigError, match=r"^data.val=.*nowhere\*.txt is no file and matches none"):
             TextFileCorpus(write(tmp_path / "a.txt", "a"), val=str(tmp_path / "nowhere*.txt"))
 

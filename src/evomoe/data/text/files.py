@@ -92,6 +92,8 @@ def _find(split: str, paths: str | Sequence[str]) -> list[Path]:
         if not found:
             raise ConfigError(f"data.{split}={pattern} is no file and matches none (seen from {Path.cwd()})")
         for file in found:
+            if file.is_dir():
+                raise ConfigError(f"data.{split}: {file} is a folder; for its files write data.{split}='{file}/*.txt'")
             if not file.is_file() or not file.name.endswith(_SUFFIXES):
                 raise ConfigError(f"data.{split}: {file} is not a file ending in {', '.join(_SUFFIXES)}")
         files += found

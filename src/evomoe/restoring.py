@@ -161,6 +161,12 @@ def restore(ckpt_path: str, log_dir: str = "logs", overrides: list[str] | None =
     checkpoint = load_checkpoint(path)
     config = config_of(checkpoint, path)
     check_targets(config, path)
+    for override in overrides or []:
+        if isinstance(config.get(override.partition("=")[0]), DictConfig):
+            raise ConfigError(
+                f"overrides={override} chooses a group, and a checkpoint keeps those of its run: change single keys, as"
+                " in data.eval_batch_size=4"
+            )
     OmegaConf.set_struct(config, True)  # a key that the checkpoint lacks is a mistake
     try:
         config.merge_with_dotlist(overrides or [])

@@ -153,3 +153,11 @@ def test_comparisons_that_share_their_runs_mean_the_same_by_a_label():
             run = comparison.run_of(method, 1)
             assert recipes.setdefault(run.folder, run.overrides) == run.overrides, f"{name}: {method.label}"
     assert len(recipes) == 34 + 9 + 8 + 7 + 5
+
+
+def test_the_recipe_of_the_main_table_is_an_experiment():
+    (method,) = (method for method in read("comparison=main").methods if method.label == "dts_kept")
+    listed = compose(f"experiment={method.experiment}", *method.overrides, run_dir=Path("run"))
+    named = compose("experiment=gpt_dts_kept", run_dir=Path("run"))
+    assert listed.router == named.router
+    assert listed.evolution == named.evolution

@@ -48,7 +48,10 @@ def test_overrides_change_how_a_checkpoint_is_measured(trained):
         (["split=train"], "split=train: expected val or test"),
         (["ckpt_path=nowhere"], "ckpt_path=nowhere: there is no such file"),
         (['overrides="data.batchsize=3"'], "there is no key 'data.batchsize'; did you mean 'data.batch_size'?"),
-        (['overrides="data=text_files data.test=a.txt"'], "overrides=data=text_files chooses a group, and a checkpoint"),
+        (
+            ['overrides="data=text_files data.test=a.txt"'],
+            "overrides=data=text_files chooses a group, and a checkpoint",
+        ),
         (['overrides="model.d_model=64"'], "describe another model than the one in"),
         (['overrides="model.d_model=2.5"'], "model.d_model=2.5: expected a whole number"),
         (

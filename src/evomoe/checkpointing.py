@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from evomoe.errors import ConfigError
+from evomoe.errors import ConfigError, EvomoeWarning
 
 CHECKPOINT_FOLDER = "checkpoints"
 _CHECKSUM = ".sha256"
@@ -133,7 +133,7 @@ def newest_checkpoint(run_dir: str | Path) -> Path | None:
         try:
             verify_checkpoint(path)
         except ConfigError as error:
-            warnings.warn(f"passed over: {error}", stacklevel=2)
+            warnings.warn(f"passed over: {error}", EvomoeWarning, stacklevel=2)
         else:
             return path
     return None

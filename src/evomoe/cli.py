@@ -30,7 +30,7 @@ from hydra.errors import HydraException, InstantiationException, OverrideParseEx
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from evomoe.errors import ConfigError, NonFiniteError
+from evomoe.errors import ConfigError, EvomoeWarning, NonFiniteError
 
 MULTIRUN = {"-m", "--multirun"}
 TEXT_KEYS = ("prompt", "second", "source", "overrides")
@@ -57,7 +57,7 @@ def run_main(function: Callable[[DictConfig], Any], config_dir: Path, config_nam
     several = is_multirun(sys.argv[1:])
     if several:
         sys.argv[1:] = _name_sweep(sys.argv[1:])
-    failed: list[str] = []
+    failed: dict[str, int] = {}  # the status of each job that failed
 
     @hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)
     def main(config: DictConfig) -> None:
@@ -66,11 +66,13 @@ def run_main(function: Callable[[DictConfig], Any], config_dir: Path, config_nam
             with _logged_warnings():
                 function(config)
         except (ConfigError, NonFiniteError) as error:
-            if not several:
-                _refuse(error, status=2 if isinstance(error, ConfigError) else 3)
-            job = HydraConfig.get().job
-            failed.append(f"job {job.num} ({job.override_dirname.replace(',', ' ')})")
-            print(f"error: {failed[-1]}: {error}", file=sys.stderr)
+            status = 2 if isinstance(error, ConfigError) else 3
+            # Of several processes each goes through the whole sweep, and one alone must not go on to the next job.
+            if not several or OmegaConf.select(config, "trainer.strategy") is not None:
+                _refuse(error, status)
+            job = f"job {HydraConfig.get().job.num}"
+            failed[job] = status
+            print(f"error: {job} ({' '.join(HydraConfig.get().overrides.task)}): {error}", file=sys.stderr)
         except (KeyboardInterrupt, SystemExit) as error:
             # Lightning turns a Ctrl-C outside of training into status 1.
             if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
@@ -79,19 +81,21 @@ def run_main(function: Callable[[DictConfig], Any], config_dir: Path, config_nam
 
     main()
     if failed:
-        _refuse(ConfigError(f"{', '.join(failed)} failed; the others are done"))
+        print(f"error: {', '.join(failed)} failed, as said above", file=sys.stderr)
+        sys.exit(min(failed.values()))
 
 
 @contextlib.contextmanager
 def _logged_warnings() -> Iterator[None]:
     """Send warnings to the log, if the configuration has one; those of this package without the line of code."""
-    usual = warnings.formatwarning
+    usual, has_log = warnings.formatwarning, bool(logging.root.handlers)
 
-    def formatted(message: Warning | str, category: type[Warning], filename: str, *where: Any, **line: Any) -> str:
-        own = Path(filename).is_relative_to(Path(__file__).parent)
-        return str(message) if own else usual(message, category, filename, *where, **line)
+    def formatted(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
+        if not issubclass(category, EvomoeWarning):
+            return usual(message, category, *where, **line)
+        return str(message) if has_log else f"warning: {message}\n"
 
-    logging.captureWarnings(bool(logging.root.handlers))
+    logging.captureWarnings(has_log)
     warnings.formatwarning = formatted
     try:
         yield

@@ -93,11 +93,11 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     )
     if resume_from is not None:
         rank_zero_info(f"Resuming from {resume_from}")
-        if 0 < config.trainer.get("max_steps", -1) <= done:
-            rank_zero_info(f"No step is left to train: the checkpoint is at {done} of {config.trainer.max_steps}")
     elif pretrained is not None:
         rank_zero_info(pretrained.describe())
     trainer.fit(task, datamodule=data, ckpt_path=resume_from)
+    if trainer.global_step == done and not trainer.interrupted:
+        rank_zero_info(f"No step was left to train after the {done} of the checkpoint")
     metrics = dict(trainer.callback_metrics)
     if config.test and not trainer.interrupted:
         trainer.test(task, datamodule=data, verbose=False)

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 
 from evomoe.callbacks.evolution import Decay, Evolution, EvolutionPlan, moe_layers
-from evomoe.errors import ConfigError
+from evomoe.errors import ConfigError, EvomoeWarning
 from evomoe.models.gpt import GPT
 from evomoe.moe import Spawn
 from evomoe.routing import DTSGate, Schedule, Switch
@@ -262,13 +262,18 @@ def test_the_plan_of_a_checkpoint_is_restored_as_it_was() -> None:
 def test_a_longer_run_does_not_take_the_gate_back() -> None:
     callback = evolution(diversify=0.25, harden=0.75, noise=Decay(1.0, 0.0, 0.5))
     callback.plan = callback.make_plan(20)
-    longer = evolution(diversify=0.25, harden=0.75, noise=Decay(1.0, 0.0, 0.5))
-    longer.load_state_dict(callback.state_dict())
-    longer.on_load_checkpoint(L.Trainer(accelerator="cpu", logger=False), make_task(), {"global_step": 20})
     kept = "evolution.diversify=5 evolution.harden=15 evolution.temperature.length=8 evolution.noise.length=10"
-    with pytest.raises(ConfigError, match=f"^the checkpoint at step 20 is hardened .*back to sparsify .*with {kept}$"):
+
+    def prolong(**options: Any) -> None:
+        longer = evolution(**options)
+        longer.load_state_dict(callback.state_dict())
+        longer.on_load_checkpoint(L.Trainer(accelerator="cpu", logger=False), make_task(), {"global_step": 20})
         run(longer, max_steps=40)
-    run(evolution(diversify=5, harden=15, noise=Decay(1.0, 0.0, 10)), max_steps=40)
+
+    with pytest.raises(ConfigError, match=f"^the checkpoint at step 20 is hardened .*back to sparsify .*with {kept}$"):
+        prolong(diversify=0.25, harden=0.75, noise=Decay(1.0, 0.0, 0.5))
+    with pytest.warns(EvomoeWarning, match=f"another plan .*, which {kept} would keep"):  # of another length
+        prolong(diversify=5, harden=15, noise=Decay(1.0, 0.0, 10))
 
 
 def test_a_second_fit_goes_on_with_the_experts_it_has() -> None:

@@ -84,8 +84,13 @@ def test_tables_of_what_is_finished_without_running_the_rest(capsys):
     held("experiments=[gpt_dts,gpt_switch,gpt_dense]", "seeds=[1,2,3]", "budget=[steps,flops]", "train=false")
     assert lives() == ONCE
     written = capsys.readouterr().out
-    assert "Seeds 1, 2" in written
+    assert written.count("(2 of 3 seeds)") == 4  # both methods under both budgets
     assert "gpt_dense" not in written.partition("- `python")[0]
+
+
+def test_whether_to_train_is_yes_or_no():
+    with pytest.raises(ConfigError, match="^train=perhaps: expected true or false$"):
+        held(METHODS, "train=perhaps")
 
 
 def test_a_recipe_is_checked_without_running_anything():

@@ -13,7 +13,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from evomoe.errors import ConfigError
+from evomoe.errors import ConfigError, EvomoeWarning
 from evomoe.moe import MoELayer, Spawn, spawn_experts
 from evomoe.routing import Schedule, ScheduleValues
 from evomoe.run_length import to_steps, total_steps
@@ -219,11 +219,18 @@ class Evolution(L.Callback):
                     f" take it back to {PHASES[after]} ({plan.describe()}): keep the plan of the checkpoint, with"
                     f" {self._overrides_of(self.plan)}"
                 )
-            rank_zero_warn(f"The checkpoint was trained under another plan ({self.plan.describe()}).")
+            rank_zero_warn(
+                f"The checkpoint was trained under another plan ({self.plan.describe()}), which"
+                f" {self._overrides_of(self.plan)} would keep.",
+                category=EvomoeWarning,
+            )
         idle = [name for name in ("temperature", "noise", "harden") if getattr(self, name) is not None]
         deaf = {type(layer.router).__name__ for _, layer in moe_layers(pl_module) if not layer.router.scheduled}
         if idle and deaf:
-            rank_zero_warn(f"{', '.join(deaf)} has no schedule: evolution.{', evolution.'.join(idle)} do nothing.")
+            rank_zero_warn(
+                f"{', '.join(deaf)} has no schedule: evolution.{', evolution.'.join(idle)} do nothing.",
+                category=EvomoeWarning,
+            )
         self.plan = plan
         rank_zero_info(f"Evolution: {self.plan.describe()}")
         self.state = None

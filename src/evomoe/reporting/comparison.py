@@ -51,6 +51,8 @@ def compare(config: DictConfig, root: Path, start: Start | None = None) -> dict[
         SystemExit: a run failed (status 1), or a signal came (130 or 143).
     """
     comparison = read_comparison(config)
+    if not isinstance(config.train, bool):
+        raise ConfigError(f"train={config.train}: expected true or false")
     configs = {method.label: _compose(comparison, method, root / "configs") for method in comparison.methods}
     methods = [replace(method, settings=_settings(configs[method.label])) for method in comparison.methods]
     comparison = replace(comparison, methods=tuple(methods))

@@ -36,7 +36,9 @@ def write_table(comparison: Comparison, by_budget: Mapping[str, Results], comman
     if command is None:
         typed = sys.orig_argv[len(sys.orig_argv) - len(sys.argv) + 1 :]  # sys.argv holds what Hydra was told instead
         # Without train=false it is the command that makes the table.
-        command = shlex.join(["python", Path(sys.argv[0]).name, *(word for word in typed if word != "train=false")])
+        command = shlex.join(
+            ["python", Path(sys.argv[0]).name, *(word for word in typed if not word.startswith("train="))]
+        )
     parts = [f"# {comparison.name}\n"]
     for budget, results in by_budget.items():
         parts.append(

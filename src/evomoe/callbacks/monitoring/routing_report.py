@@ -26,7 +26,7 @@ from evomoe.callbacks.monitoring.routing_metrics import (
 )
 from evomoe.callbacks.monitoring.routing_stability import ExpertSets, Stability
 from evomoe.callbacks.tensorboard import find_tensorboard
-from evomoe.errors import ConfigError
+from evomoe.errors import ConfigError, EvomoeWarning
 from evomoe.routing import Router, SparseRouting, Words
 
 FREQUENT = 10
@@ -114,7 +114,10 @@ class RoutingReport(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Do without figures where they cannot be drawn."""
         if self.figures and find_spec("matplotlib") is None:
-            rank_zero_warn("callbacks.report.figures=true needs matplotlib (pip install matplotlib): none are drawn.")
+            rank_zero_warn(
+                "callbacks.report.figures=true needs matplotlib (pip install matplotlib): none are drawn.",
+                category=EvomoeWarning,
+            )
             self.figures = False
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 import evomoe
 from evomoe import checkpointing
-from evomoe.errors import ConfigError
+from evomoe.errors import ConfigError, EvomoeWarning
 from evomoe.run_length import is_last_step
 from evomoe.signals import StopRequest
 
@@ -141,6 +141,7 @@ class SafeCheckpoint(Checkpoint):
                 warnings.warn(
                     f"{self.monitor}={best.value:.6g} is the best so far, but inside an accumulation window nothing can"
                     " be saved; make val_check_interval a multiple of accumulate_grad_batches",
+                    EvomoeWarning,
                     stacklevel=2,
                 )
             self._postpone_stop(trainer)

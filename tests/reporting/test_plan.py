@@ -152,7 +152,7 @@ def test_comparisons_that_share_their_runs_mean_the_same_by_a_label():
         for method in comparison.methods:
             run = comparison.run_of(method, 1)
             assert recipes.setdefault(run.folder, run.overrides) == run.overrides, f"{name}: {method.label}"
-    assert len(recipes) == 34 + 9 + 8 + 7 + 5
+    assert len(recipes) == 34 + 10 + 7 + 7 + 5
 
 
 def test_the_recipe_of_the_main_table_is_an_experiment():

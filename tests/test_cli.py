@@ -51,7 +51,10 @@ def refusal(*arguments: str, config: str = "train") -> str:
         ("compile=maybe", "compile=maybe: expected true or false, as in compile=false"),
         ("data train=one.txt", "data train=one.txt cannot be read: expected key=value"),
         ("seed", "'seed' is no override: expected key=value"),
-        ("evolution=null", "evolution=null does not exist; expected one of diversify, dts, dts_only, dts_paper, none,"),
+        (
+            "evolution=null",
+            "evolution=null does not exist; expected one of diversify, dts, dts_kept,",
+        ),
         ("callbacks=null", "callbacks=null does not exist; expected one of default, images,"),
         ("router=null", "router=null does not exist; expected one of adamoe, base,"),
         ("logger=", "logger= does not exist; expected one of csv, none, tensorboard"),

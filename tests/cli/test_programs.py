@@ -212,7 +212,7 @@ def test_a_multirun_has_a_folder_for_each_job(tiny, tmp_path):
 
 
 def test_a_job_that_cannot_be_holds_up_no_other(tiny, tmp_path):
-    jobs = ["model.num_heads=2,3,4", "experiment_name=sweep", "trainer.max_steps=1", "callbacks=minimal", "logger=none"]
+    jobs = ["model.num_heads=2,3,4", "experiment_name=sweep", "trainer.max_steps=4", "callbacks=minimal", "logger=none"]
     done = call("train.py", "experiment=gpt_dts", *tiny, *jobs, "test=false", "-m", folder=tmp_path)
     assert done.status == 2
     assert "Traceback" not in done.stderr

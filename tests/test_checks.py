@@ -83,7 +83,7 @@ def test_a_class_that_cannot_be_imported_is_named():
         ("trainer.val_check_interval=1.5", "val_check_interval=1.5: expected a number of batches of at least 1, or a"),
         ("trainer.gradient_clip_val=-1", "gradient_clip_val=-1: expected a number above 0, or null"),
         ("trainer.accelerator=gpuu", "accelerator=gpuu is unknown: expected cpu, gpu or auto"),
-        ("trainer.devices=two", "devices=two.*: expected a number of"),
+        ("trainer.devices=two", r"devices=two: expected a number of devices, a list such as \[0,1\], or auto"),
         ("+trainer.num_nodes=two", "num_nodes=two: expected a whole number of at least 1"),
         ("+trainer.limit_train_batches=all", "limit_train_batches=all: expected a number of batches of at least 1"),
         ("+trainer.overfit_batches=1.5", "overfit_batches=1.5: expected a number of batches of at least 1"),
@@ -127,15 +127,17 @@ def test_several_processes_need_a_strategy(monkeypatch, overrides, message):
 def test_devices_of_a_cpu_are_a_number(monkeypatch, accelerator, devices):
     for kind in (CUDAAccelerator, MPSAccelerator):
         monkeypatch.setattr(kind, "is_available", lambda: False)
-    options = [f"trainer.accelerator={accelerator}", f"trainer.devices={devices}"]
+    options = ["trainer=ddp", f"trainer.accelerator={accelerator}", f"trainer.devices={devices}"]
     with pytest.raises(ConfigError, match=r"^trainer.devices=.* on the CPU: expected a number of processes$"):
         check_trainer(compose(*options, run_dir=Path("run")).trainer)
 
 
-@pytest.mark.parametrize("devices", ["1", "auto", "-1", "[0]", "'0,'"])
-def test_one_process_needs_none(monkeypatch, devices):
-    monkeypatch.setattr(CUDAAccelerator, "auto_device_count", lambda: 1)
-    monkeypatch.setattr(CUDAAccelerator, "is_available", lambda: True)
+@pytest.mark.parametrize(
+    ("devices", "gpus"), [("1", 0), ("auto", 0), *((devices, 1) for devices in ("1", "auto", "-1", "[0]", "'0,'"))]
+)
+def test_one_process_needs_none(monkeypatch, devices, gpus):
+    monkeypatch.setattr(CUDAAccelerator, "auto_device_count", lambda: gpus)
+    monkeypatch.setattr(CUDAAccelerator, "is_available", lambda: gpus > 0)
     check_trainer(compose(f"trainer.devices={devices}", run_dir=Path("run")).trainer)
 
 

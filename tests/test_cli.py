@@ -53,7 +53,7 @@ def refusal(*arguments: str, config: str = "train") -> str:
         ("seed", "'seed' is no override: expected key=value"),
         (
             "evolution=null",
-            "evolution=null does not exist; expected one of diversify, dts, dts_kept,",
+            "evolution=null does not exist; expected one of diversify, dts, dts_kept, dts_only, dts_paper, none,",
         ),
         ("callbacks=null", "callbacks=null does not exist; expected one of default, images,"),
         ("router=null", "router=null does not exist; expected one of adamoe, base,"),

@@ -104,7 +104,7 @@ def count_processes(trainer: DictConfig) -> int:
     """
     devices, nodes = trainer.devices, trainer.get("num_nodes", 1)
     on_cpu = trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not _has_gpu())
-    if on_cpu and devices != "auto" and not str(devices).strip().isdecimal():
+    if on_cpu and (isinstance(devices, ListConfig) or str(devices).startswith("-") or "," in str(devices)):
         raise ConfigError(f"trainer.devices={devices} on the CPU: expected a number of processes")
     if isinstance(devices, ListConfig):
         return len(devices) * nodes

@@ -129,11 +129,16 @@ def test_sentences_are_translated(train, tmp_path, capsys, monkeypatch):
     assert [number for number, _, _ in listed] == ["0", "0", "1", "1", "2", "2"]
     assert [text for _, text, _ in listed[::2]] == best
     assert all(float(first[2]) >= float(second[2]) for first, second in zip(listed[::2], listed[1::2], strict=True))
+    (tmp_path / "gap.txt").write_text("\n".join(["", sentences[0], " ", *sentences[1:]]) + "\n")
+    assert translate(f"source_file={tmp_path / 'gap.txt'}") == ["", all_at_once[0], "", *all_at_once[1:]]
+    assert capsys.readouterr().out == "\n".join(["", all_at_once[0], "", *all_at_once[1:]]) + "\n"
+    translate(f"source_file={tmp_path / 'gap.txt'}", "n_best=2")
+    assert re.findall(r"^(\d) \|\|\|", capsys.readouterr().out, re.MULTILINE) == ["1", "1", "3", "3", "4", "4"]
     monkeypatch.setenv("TTY_COMPATIBLE", "1")  # a terminal, for rich
     translate("source=The", "n_best=2")
     assert len(re.findall(r"│ -\d+\.\d{3} ", capsys.readouterr().out)) == 2
 
-    (tmp_path / "gap.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "blank.txt").write_text("\n \n")
     for overrides, message in [
         ([], 'expected source="a sentence" or source_file=sentences.txt, one of the two'),
         (["source=a", "source_file=b"], "one of the two"),
@@ -141,7 +146,7 @@ def test_sentences_are_translated(train, tmp_path, capsys, monkeypatch):
         (["prompt=a"], "prompt is for a model that writes on, and .* translates: give source"),
         (["source_file=none.txt"], "source_file=none.txt: there is no such file"),
         ([f"source_file={tmp_path}"], "is a folder; expected a file with a sentence in every line"),
-        ([f"source_file={tmp_path / 'gap.txt'}"], r"gap.txt, line 2 is empty: expected a sentence in every line"),
+        ([f"source_file={tmp_path / 'blank.txt'}"], r"blank.txt holds no sentence: expected one in every line"),
         (
             [quote_text("source=" + "again " * 40)],
             r"sentence 1 has \d+ tokens, its end included, and the model reads 32: shorten",

@@ -144,7 +144,10 @@ def _continue(restored: Restored, config: DictConfig) -> list[str]:
 
 
 def _translate(restored: Restored, config: DictConfig) -> list[str]:
-    """Print the translations, a line for each; or a table for each, in a file lines, if several are asked for."""
+    """Print the translations, a line for each; or a table for each, in a file lines, if several are asked for.
+
+    A blank line of a file is answered by an empty one, so that both files have their sentences in the same lines.
+    """
     if config.prompt is not None:
         raise ConfigError(f"prompt is for a model that writes on, and {restored.path} translates: give source")
     if (config.source is None) == (config.source_file is None):
@@ -156,18 +159,18 @@ def _translate(restored: Restored, config: DictConfig) -> list[str]:
     model: Transformer = restored.task.model
     tokenizer, task = restored.tokenizer, cast("Translation", restored.task)
     end_id = tokenizer.end_of_text_id
-    encoded = [[*tokenizer.encode(source), end_id] for source in sources]
-    for number, ids in enumerate(encoded):
+    encoded = {number: [*tokenizer.encode(source), end_id] for number, source in enumerate(sources) if source.strip()}
+    for number, ids in encoded.items():
         if len(ids) > model.context:
             raise ConfigError(
                 f"sentence {number + 1} has {len(ids)} tokens, its end included, and the model reads {model.context}: "
                 "shorten it, or split it"
             )
     # Those of about one length together; printed in the order given.
-    order = sorted(range(len(sources)), key=lambda number: len(encoded[number]))
+    order = sorted(encoded, key=lambda number: len(encoded[number]))
     found: dict[int, list[Hypothesis]] = {}
     with Progress(transient=True, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("translating", total=len(sources))
+        bar = progress.add_task("translating", total=len(order))
         for start in range(0, len(order), config.batch_size):
             batch = order[start : start + config.batch_size]
             hypotheses = beam_search(
@@ -184,18 +187,19 @@ def _translate(restored: Restored, config: DictConfig) -> list[str]:
     console = Console(highlight=False, markup=False, emoji=False)
     best = []
     for number, source in enumerate(sources):
+        hypotheses = found.get(number, [])
         # A line feed inside a translation would be read as its end.
-        texts = [tokenizer.decode(hypothesis.tokens).replace("\n", " ") for hypothesis in found[number]]
-        best.append(texts[0])
+        texts = [tokenizer.decode(hypothesis.tokens).replace("\n", " ") for hypothesis in hypotheses]
+        best.append(texts[0] if texts else "")
         if config.n_best == 1:
-            _print(texts[0])
-        elif console.is_terminal:
+            _print(best[-1])
+        elif hypotheses and console.is_terminal:
             table = Table("score", "translation", title=source)
-            for hypothesis, text in zip(found[number], texts, strict=True):
+            for hypothesis, text in zip(hypotheses, texts, strict=True):
                 table.add_row(f"{hypothesis.score:.3f}", text)
             console.print(table)
         else:  # for other programs
-            for hypothesis, text in zip(found[number], texts, strict=True):
+            for hypothesis, text in zip(hypotheses, texts, strict=True):
                 _print(f"{number} ||| {text} ||| {hypothesis.score:.3f}")
     return best
 
@@ -205,11 +209,8 @@ def _read_sentences(path: Path) -> list[str]:
         what = "is a folder" if path.is_dir() else "there is no such file"
         raise ConfigError(f"source_file={path}: {what}; expected a file with a sentence in every line")
     sentences = [line.rstrip("\r\n") for line in lines(path)]
-    for number, sentence in enumerate(sentences):
-        if not sentence.strip():
-            raise ConfigError(f"{path}, line {number + 1} is empty: expected a sentence in every line")
-    if not sentences:
-        raise ConfigError(f"{path} is empty: expected a sentence in every line")
+    if not any(sentence.strip() for sentence in sentences):
+        raise ConfigError(f"{path} holds no sentence: expected one in every line")
     return sentences
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from evomoe.errors import ConfigError
-from evomoe.models.beam_search import beam_search
+from evomoe.models.beam_search import LengthLimit, beam_search
 from evomoe.models.transformer import Transformer
-from evomoe.routing import DTSGate
+from evomoe.routing import DTSGate, ScheduleValues
 
 BEGIN, END = 0, 1
 
@@ -102,6 +102,47 @@ def test_a_wide_beam_finds_the_best_of_all():
     assert len(ended) == len(scores)
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("beam", [1, 3])
+def test_the_source_decides_how_long_a_translation_may_be(seed, beam):
+    """Each sentence of a batch by itself, also where others go on after it."""
+    model = build(seed=seed)
+    options = {"beam": beam, "n_best": beam, "max_length": LengthLimit(ratio=0.5, offset=2)}
+    found = beam_search(model, SOURCES, begin_id=BEGIN, end_id=END, **options)
+    for source, limit, hypotheses in zip(SOURCES, (4, 2, 5), found, strict=True):
+        expected = naive(model, source, beam, 1.0, limit)
+        assert [list(hypothesis.tokens) for hypothesis in hypotheses] == [tokens for _, tokens in expected]
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (LengthLimit(), [16, 16]),
+        (LengthLimit(ratio=1.5), [6, 15]),
+        (LengthLimit(offset=3), [3, 3]),
+        (LengthLimit(ratio=1.5, offset=4), [10, 16]),  # no more than the context
+        (LengthLimit(ratio=0.1), [1, 1]),  # at least the end
+    ],
+)
+def test_hand_typed_limits(limit, expected):
+    assert [limit.at(length, 16) for length in (4, 10)] == expected
+
+
+def test_the_final_rule_routes_both_stacks():
+    """As it does where the gate has hardened; under the training rule nearly all experts work for every token."""
+    model = build()
+    for layer in model.moe_layers.values():
+        torch.nn.init.normal_(layer.router.gate.weight)
+        layer.router.set_schedule(ScheduleValues(temperature=5.0))
+    options = {"begin_id": BEGIN, "end_id": END, "beam": 3, "n_best": 3}
+    usual, final = (beam_search(model, SOURCES, final_rule=rule, **options) for rule in (False, True))
+    for name, layer in model.moe_layers.items():
+        layer.router.set_schedule(ScheduleValues(temperature=5.0, hardened=True))
+        if name.startswith("encoder"):
+            assert beam_search(model, SOURCES, **options) not in (usual, final)
+    assert beam_search(model, SOURCES, **options) == final != usual
+
+
 def test_scores_fall_and_the_mode_comes_back():
     model = build().train()
     (found,) = beam_search(model, [[2, 3]], begin_id=BEGIN, end_id=END, beam=4, n_best=4)
@@ -116,6 +157,7 @@ def test_scores_fall_and_the_mode_comes_back():
         ({"beam": 0}, "beam=0: expected at least 1"),
         ({"beam": 2, "n_best": 3}, "n_best=3: expected 1 to beam=2"),
         ({"max_length": 9}, "max_length=9: expected 1 to the model's context of 8"),
+        ({"max_length": 0}, "max_length=0: expected 1 to the model's context of 8"),
         ({"sources": [[2], []]}, "source 2 is empty"),
         ({"sources": [[2] * 9]}, "source of 9 tokens, but the model's context is 8"),
     ],
@@ -124,3 +166,10 @@ def test_what_cannot_work_is_refused(options, message):
     sources = options.pop("sources", [[2]])
     with pytest.raises(ConfigError, match=message):
         beam_search(build(), sources, begin_id=BEGIN, end_id=END, **options)
+
+
+@pytest.mark.parametrize("option", [{"ratio": -0.5}, {"offset": -1}])
+def test_a_negative_limit_is_refused(option):
+    ((name, value),) = option.items()
+    with pytest.raises(ConfigError, match=f"^max_length_{name}={value}: expected 0 or above, or null"):
+        LengthLimit(**option)

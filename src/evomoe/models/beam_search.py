@@ -9,11 +9,40 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from evomoe.errors import ConfigError
 from evomoe.models.generation import evaluating, pad_right
 from evomoe.models.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class LengthLimit:
+    """Most tokens of a translation, its end included, by those of its source, its end included: a line.
+
+    fairseq's ``--max-len-a`` and ``--max-len-b``, but of each sentence by itself and not of the longest of a batch, so
+    that a translation does not depend on what is translated beside it.
+
+    Args:
+        ratio: factor of the source's tokens; None for 0.
+        offset: tokens beside them; None for 0. With neither, the model's context is the only limit.
+
+    Raises:
+        ConfigError: for a negative value.
+    """
+
+    ratio: float | None = None
+    offset: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("max_length_ratio", self.ratio), ("max_length_offset", self.offset)):
+            if value is not None and value < 0:
+                raise ConfigError(f"{name}={value}: expected 0 or above, or null")
+
+    def at(self, length: int, context: int) -> int:
+        """Most tokens for a source of ``length`` tokens: at least 1, and no more than the model's ``context``."""
+        if self.ratio is None and self.offset is None:
+            return context
+        return min(max(int((self.ratio or 0) * length) + (self.offset or 0), 1), context)
 
 
 @dataclass(frozen=True, order=True)
@@ -32,8 +61,9 @@ class Hypothesis:
 class _Open:
     """A sentence that is still being translated: its finished hypotheses so far."""
 
-    def __init__(self, index: int, beam: int, penalty: float) -> None:
+    def __init__(self, index: int, beam: int, penalty: float, limit: int) -> None:
         self.index = index
+        self.limit = limit
         self._beam = beam
         self._penalty = penalty
         self.finished: list[Hypothesis] = []
@@ -43,8 +73,16 @@ class _Open:
         self.finished.append(Hypothesis(score / length**self._penalty, tuple(tokens)))
         self.finished = sorted(self.finished, reverse=True)[: self._beam]
 
+    def close(self, scores: Sequence[float], prefixes: Sequence[Sequence[int]]) -> None:
+        """Take what is open at the longest length as it is: without an end."""
+        for score, tokens in zip(scores, prefixes, strict=True):
+            if score > float("-inf"):
+                self.finish(score, tokens, len(tokens))
+
     def is_done(self, best_open: float, length: int) -> bool:
-        """Whether nothing open is better, at its present length, than the worst of ``beam`` finished ones."""
+        """Whether it is at its limit, or nothing open is better, at its length, than the worst of ``beam`` finished."""
+        if length == self.limit:
+            return True
         full = len(self.finished) == self._beam
         return full and best_open / length**self._penalty <= self.finished[-1].score
 
@@ -57,8 +95,9 @@ def beam_search(
     end_id: int,
     beam: int = 5,
     length_penalty: float = 1.0,
-    max_length: int | None = None,
+    max_length: int | LengthLimit | None = None,
     n_best: int = 1,
+    final_rule: bool = False,
 ) -> list[list[Hypothesis]]:
     """Translate each source, in eval mode and without gradients.
 
@@ -74,8 +113,10 @@ def beam_search(
         end_id: token that ends a translation.
         beam: width W.
         length_penalty: exponent of the length that divides the log-probability: 0 for none, larger for longer ones.
-        max_length: most tokens of a translation, its end included; None for the model's context.
+        max_length: most tokens of a translation, its end included: a number, or one that the length of the source
+            decides; None for the model's context.
         n_best: translations to return for each sentence, at most ``beam``.
+        final_rule: route by the final sparse rule instead of the training rule.
 
     Returns:
         For each sentence its best hypotheses, the best first.
@@ -83,21 +124,24 @@ def beam_search(
     Raises:
         ConfigError: for an impossible setting, an empty source, or one longer than the context.
     """
-    limit = model.context if max_length is None else max_length
-    _check(model, sources, beam, n_best, limit)
+    _check(model, sources, beam, n_best, max_length)
+    by_length = LengthLimit(offset=max_length) if isinstance(max_length, int) else max_length or LengthLimit()
+    limits = [by_length.at(len(sentence), model.context) for sentence in sources]
     device = model.token_embedding.weight.device
     results: list[list[Hypothesis]] = [[] for _ in sources]
     with evaluating(model):
         source, source_valid = pad_right([list(sentence) for sentence in sources], device)  # (B, M)
-        memories, _ = model.encode(source, valid=source_valid)
+        memories, _ = model.encode(source, valid=source_valid, final_rule=final_rule)
         cache = model.new_cache(len(sources) * beam)
-        sentences = [_Open(index, beam, length_penalty) for index in range(len(sources))]
+        sentences = [_Open(index, beam, length_penalty, limit) for index, limit in enumerate(limits)]
         # Only the first row of a sentence is alive: all rows begin alike.
         scores = torch.full((len(sources), beam), -torch.inf, device=device)
         scores[:, 0] = 0
         written = torch.full((len(sources) * beam, 1), begin_id, device=device)  # (R, 1 + length)
-        for length in range(1, limit + 1):
-            logits, _ = model.decode(written[:, -1:], memories, source_valid=source_valid, cache=cache)
+        for length in range(1, max(limits) + 1):
+            logits, _ = model.decode(
+                written[:, -1:], memories, source_valid=source_valid, cache=cache, final_rule=final_rule
+            )
             candidates = scores.flatten()[:, None] + logits[:, -1].float().log_softmax(dim=-1)  # (R, V)
             vocabulary = candidates.shape[1]
             best, flat = candidates.view(len(sentences), -1).topk(min(2 * beam, beam * vocabulary))  # (B, 2 W)
@@ -113,15 +157,12 @@ def beam_search(
             scores = best.masked_fill(ends, -torch.inf).gather(1, kept)
             rows, tokens = rows.gather(1, kept).flatten(), tokens.gather(1, kept).flatten()
             written = torch.cat([written[rows], tokens[:, None]], dim=1)
-            if length == limit:
-                _close(sentences, scores, written, beam)
             tops = scores[:, 0].tolist()
-            going = [
-                number
-                for number, sentence in enumerate(sentences)
-                if length < limit and not sentence.is_done(tops[number], length)
-            ]
-            for sentence in sentences:
+            going = [number for number, sentence in enumerate(sentences) if not sentence.is_done(tops[number], length)]
+            for number, sentence in enumerate(sentences):
+                if length == sentence.limit:
+                    prefixes = written[number * beam : (number + 1) * beam, 1:].tolist()
+                    sentence.close(scores[number].tolist(), prefixes)
                 results[sentence.index] = sentence.finished[:n_best]
             if not going:
                 break
@@ -135,22 +176,19 @@ def beam_search(
     return results
 
 
-def _close(sentences: Sequence[_Open], scores: Tensor, written: Tensor, beam: int) -> None:
-    """Take what is open at the longest length as it is."""
-    for number, sentence in enumerate(sentences):
-        for rank, score in enumerate(scores[number].tolist()):
-            if score > float("-inf"):
-                tokens = written[number * beam + rank, 1:].tolist()
-                sentence.finish(score, tokens, len(tokens))  # no end was written
-
-
-def _check(model: Transformer, sources: Sequence[Sequence[int]], beam: int, n_best: int, limit: int) -> None:
+def _check(
+    model: Transformer,
+    sources: Sequence[Sequence[int]],
+    beam: int,
+    n_best: int,
+    max_length: int | LengthLimit | None,
+) -> None:
     if beam < 1:
         raise ConfigError(f"beam={beam}: expected at least 1")
     if not 1 <= n_best <= beam:
         raise ConfigError(f"n_best={n_best}: expected 1 to beam={beam}")
-    if not 1 <= limit <= model.context:
-        raise ConfigError(f"max_length={limit}: expected 1 to the model's context of {model.context}")
+    if isinstance(max_length, int) and not 1 <= max_length <= model.context:
+        raise ConfigError(f"max_length={max_length}: expected 1 to the model's context of {model.context}")
     for number, sentence in enumerate(sources):
         if not sentence:
             raise ConfigError(f"source {number + 1} is empty: expected a sentence")

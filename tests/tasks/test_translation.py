@@ -81,6 +81,78 @@ def test_the_test_translates_everything_by_beam_search(tmp_path: Path) -> None:
     assert float(values["test/exact_match"]) == 0
 
 
+def be_sure(task: Translation) -> None:
+    """Weights with which a model, though untrained, is sure enough of its words for beams and rules to differ."""
+    with torch.no_grad():
+        for parameter in task.model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.4)
+
+
+def translate(task: Translation, data: Any, split: str, index: int, **options: Any) -> str:
+    """One sentence alone."""
+    end = data.tokenizer.end_of_text_id
+    source = data.tokenizer.encode(data.texts(split, index)[0])
+    ((best, *_),) = beam_search(task.model, [[*source, end]], begin_id=end, end_id=end, **options)
+    return data.tokenizer.decode(best.tokens)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_translations_are_scored_under_both_rules(tmp_path: Path, split: str) -> None:
+    task, trainer, data = make_task(DTSGate, val_sentences=9, max_length_offset=8), make_trainer(), ready(tmp_path)
+    be_sure(task)
+    for layer in task.model.moe_layers.values():
+        layer.router.set_schedule(ScheduleValues(temperature=5.0))
+    run = trainer.test if split == "test" else trainer.validate
+    run(task, datamodule=data, verbose=False)
+    beam = 2 if split == "test" else 1
+    found = task.scores.gather()
+    for sentence in found:
+        usual, final = (
+            translate(task, data, split, sentence.index, beam=beam, max_length=8, final_rule=rule)
+            for rule in (False, True)
+        )
+        assert (sentence.hypothesis, sentence.sparse_hypothesis) == (usual, final)
+    assert any(sentence.hypothesis != sentence.sparse_hypothesis for sentence in found)
+    values, references = trainer.callback_metrics, [[sentence.reference for sentence in found]]
+    for name, key in (("chrf", "hypothesis"), ("chrf_sparse", "sparse_hypothesis")):
+        score = corpus_chrf([getattr(sentence, key) for sentence in found], references).score
+        assert float(values[f"{split}/{name}"]) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(("hardened", "searches"), [(False, 2), (True, 1)])
+def test_a_hardened_gate_is_searched_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hardened: bool, searches: int
+) -> None:
+    task, trainer, rules = make_task(DTSGate), make_trainer(limit_test_batches=1), []
+
+    def search(*args: Any, final_rule: bool, **options: Any) -> Any:
+        rules.append(final_rule)
+        return beam_search(*args, final_rule=final_rule, **options)
+
+    monkeypatch.setattr("evomoe.tasks.translation.beam_search", search)
+    for layer in task.model.moe_layers.values():
+        layer.router.set_schedule(ScheduleValues(hardened=hardened))
+    trainer.test(task, datamodule=data_module(tmp_path), verbose=False)
+    assert rules == [False, True][:searches]
+    assert {"test/bleu", "test/bleu_sparse"} <= trainer.callback_metrics.keys()
+
+
+def test_a_validation_searches_as_wide_as_it_is_told_and_no_translation_is_longer_than_it_may_be(
+    tmp_path: Path,
+) -> None:
+    data = ready(tmp_path)
+    task = make_task(val_sentences=9, val_beam=3, length_penalty=0.2, max_length_ratio=0.25, max_length_offset=1)
+    be_sure(task)
+    make_trainer().validate(task, datamodule=data, verbose=False)
+    options = {"length_penalty": 0.2, "max_length": task.max_length}
+    found = {sentence.index: sentence.hypothesis for sentence in task.translations}
+    assert found == {index: translate(task, data, "val", index, beam=3, **options) for index in found}
+    assert found != {index: translate(task, data, "val", index, beam=1, **options) for index in found}
+    unlimited = {"beam": 3, "length_penalty": 0.2}
+    assert any(text != translate(task, data, "val", index, **unlimited) for index, text in found.items())
+
+
 def test_a_validation_translates_the_same_sample_of_the_split_however_few_batches_it_has(tmp_path: Path) -> None:
     data = ready(tmp_path, eval_batch_tokens=32)
     expected = torch.randperm(9, generator=torch.Generator().manual_seed(0))[:4].tolist()
@@ -180,6 +252,8 @@ def test_the_encoder_may_use_any_router_and_the_decoder_may_not(tmp_path: Path) 
         ({"label_smoothing": 1.0}, r"task.label_smoothing=1.0: expected a share in \[0, 1\)"),
         ({"beam": 0}, "task.beam=0: expected at least 1"),
         ({"val_sentences": -1}, "task.val_sentences=-1: expected at least 0"),
+        ({"val_beam": 0}, "task.val_beam=0: expected at least 1"),
+        ({"max_length_ratio": -1.0}, "max_length_ratio=-1.0: expected 0 or above, or null"),
         ({"bleu_tokenizer": "words"}, "task.bleu_tokenizer=words is unknown to sacrebleu; choose one of 13a, char"),
     ],
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ from helpers.processes import on_two_processes
 from evomoe.tasks.translation_scores import TranslatedSentence, TranslationScores
 
 SENTENCES = [
-    TranslatedSentence(0, "eins zwei drei vier", "one two three four", "one two three four"),
-    TranslatedSentence(1, "fünf sechs sieben acht", "five six seven eight", "five six seven nine"),
+    TranslatedSentence(0, "eins zwei drei vier", "one two three four", *["one two three four"] * 2),
+    TranslatedSentence(1, "fünf sechs sieben acht", "five six seven eight", *["five six seven nine"] * 2),
 ]
 
 
@@ -27,7 +28,19 @@ def test_hand_typed_bleu() -> None:
     assert values["bleu"] == pytest.approx(expected)
     assert values["exact_match"] == 0.5
     assert expected < values["chrf"] < 100
-    assert scores(SENTENCES[:1]).compute() == {"bleu": pytest.approx(100), "chrf": 100, "exact_match": 1}
+    best = {"bleu": pytest.approx(100), "chrf": 100, "exact_match": 1}
+    assert scores(SENTENCES[:1]).compute() == best | {f"{name}_sparse": value for name, value in best.items()}
+
+
+def test_both_rules_are_scored() -> None:
+    """As if each were the only one."""
+    first, second = SENTENCES
+    values = scores([first, replace(second, sparse_hypothesis=second.reference)]).compute()
+    for suffix, alone in (("", SENTENCES), ("_sparse", [first, replace(second, hypothesis=second.reference)])):
+        for name in ("bleu", "chrf", "exact_match"):
+            assert values[name + suffix] == scores(alone).compute()[name]
+    assert values["exact_match"] == 0.5
+    assert values["exact_match_sparse"] == 1
 
 
 def test_nothing_is_scored_where_nothing_was_translated() -> None:

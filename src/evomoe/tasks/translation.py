@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from evomoe.errors import ConfigError
-from evomoe.models.beam_search import beam_search
+from evomoe.models.beam_search import Hypothesis, LengthLimit, beam_search
 from evomoe.models.flops import Work
 from evomoe.models.transformer import Transformer
 from evomoe.routing import Routing, Words
@@ -35,8 +35,7 @@ class Translation(EvaluatedTask):
     The training loss is the mean cross-entropy of a target token with smoothed labels. Evaluations log, under both
     rules, ``loss``, without smoothing, and ``perplexity`` of a target token given the reference before it; and of
     translations by the model alone ``bleu``, ``chrf`` and ``exact_match``: of ``val_sentences`` drawn from the whole
-    validation split, the same in each validation and whatever its number of batches, greedily; of the whole test split
-    by beam search. They route by the training rule, which is the final one once a gate has hardened.
+    validation split, the same in each validation and whatever its number of batches; and of the whole test split.
 
     Args:
         model: the network.
@@ -45,8 +44,12 @@ class Translation(EvaluatedTask):
         balance_scope: ``local`` or ``global``, see :class:`MoETask`.
         label_smoothing: share of the probability that the training targets spread over the vocabulary.
         beam: width of the beam search of the test.
-        length_penalty: exponent of the length that divides a log-probability in it.
+        length_penalty: exponent of the length that divides a log-probability in a beam search.
+        max_length_ratio: most tokens of a translation by those of its source, see
+            :class:`~evomoe.models.beam_search.LengthLimit`; None for 0.
+        max_length_offset: tokens beside them; None for 0. With neither, the context is the only limit.
         val_sentences: sentences to translate in each validation, by all processes together; 0 for none.
+        val_beam: width of their beam search; 1 is greedy.
         bleu_tokenizer: how sacrebleu cuts the texts into words: ``13a``, ``intl``, ``char``, ``zh``, ``ja-mecab`` ...
     """
 
@@ -61,19 +64,24 @@ class Translation(EvaluatedTask):
         label_smoothing: float = 0.1,
         beam: int = 5,
         length_penalty: float = 1.0,
+        max_length_ratio: float | None = None,
+        max_length_offset: int | None = None,
         val_sentences: int = 64,
+        val_beam: int = 1,
         bleu_tokenizer: str = "13a",
     ) -> None:
         super().__init__(model, optimization, loss_coefficients, balance_scope)
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"task.label_smoothing={label_smoothing}: expected a share in [0, 1), such as 0.1")
-        for name, value, least in (("beam", beam, 1), ("val_sentences", val_sentences, 0)):
+        for name, value, least in (("beam", beam, 1), ("val_sentences", val_sentences, 0), ("val_beam", val_beam, 1)):
             if value < least:
                 raise ConfigError(f"task.{name}={value}: expected at least {least}")
         self.label_smoothing = label_smoothing
         self.beam = beam
         self.length_penalty = length_penalty
+        self.max_length = LengthLimit(max_length_ratio, max_length_offset)
         self.val_sentences = val_sentences
+        self.val_beam = val_beam
         self.means = RuleMeans("loss")
         self.scores = TranslationScores(bleu_tokenizer)
 
@@ -114,7 +122,8 @@ class Translation(EvaluatedTask):
             self._translate(batch, split, self.beam)
         elif batch_idx == 0 and not self.trainer.sanity_checking:
             for sample in self.trainer.datamodule.sample(split, self.val_sentences):  # type: ignore[attr-defined]
-                self._translate({name: values.to(self.device) for name, values in sample.items()}, split, beam=1)
+                moved = {name: values.to(self.device) for name, values in sample.items()}
+                self._translate(moved, split, self.val_beam)
         source, target = Words(batch["source"], batch["source_valid"]), Words(batch["target"][:, :-1], batch["valid"])
         half = len(final_routings) // 2
         words = [source] * half + [target] * (len(final_routings) - half)
@@ -155,7 +164,8 @@ class Translation(EvaluatedTask):
         sources = [source[valid].tolist() for source, valid in rows]
         if not sources:
             return
-        with alone():  # the other processes write sentences of other lengths
+
+        def search(final_rule: bool) -> tuple[list[list[Hypothesis]], list[Routing]]:
             found = beam_search(
                 self.model,
                 sources,
@@ -163,8 +173,14 @@ class Translation(EvaluatedTask):
                 end_id=end_id,
                 beam=beam,
                 length_penalty=self.length_penalty,
+                max_length=self.max_length,
+                final_rule=final_rule,
             )
-        for index, hypotheses in zip(batch["index"][real].tolist(), found, strict=True):
+            return found, []  # nobody wants the routings of so many passes
+
+        with alone():  # the other processes write sentences of other lengths
+            found, sparse_found, _ = self.under_both_rules(search)
+        for index, best, sparse_best in zip(batch["index"][real].tolist(), found, sparse_found, strict=True):
             source, reference = data.texts(split, index)
-            hypothesis = data.tokenizer.decode(hypotheses[0].tokens)
-            self.scores.add(TranslatedSentence(index, source, reference, hypothesis))
+            texts = (data.tokenizer.decode(hypotheses[0].tokens) for hypotheses in (best, sparse_best))
+            self.scores.add(TranslatedSentence(index, source, reference, *texts))

@@ -18,13 +18,15 @@ class TranslatedSentence:
         index: number of the pair in its split.
         source: the sentence.
         reference: its translation in the data.
-        hypothesis: its translation by the model.
+        hypothesis: its translation by the model, under the training rule.
+        sparse_hypothesis: the same under the final sparse rule.
     """
 
     index: int
     source: str
     reference: str
     hypothesis: str
+    sparse_hypothesis: str
 
 
 class TranslationScores:
@@ -57,18 +59,19 @@ class TranslationScores:
         self.translations.append(translation)
 
     def compute(self) -> dict[str, float]:
-        """``bleu`` and ``chrf`` in percent, ``exact_match`` as a share; nothing if no process has translated."""
+        """``bleu`` and ``chrf`` in percent, ``exact_match`` as a share; nothing if no process has translated.
+
+        Under both rules, those of the final one with the suffix ``_sparse``.
+        """
         translations = self.gather()
         if not translations:
             return {}
+        references = [translation.reference for translation in translations]
         hypotheses = [translation.hypothesis for translation in translations]
-        references = [[translation.reference for translation in translations]]
-        exact = sum(translation.hypothesis == translation.reference for translation in translations)
-        return {
-            "bleu": self._bleu.corpus_score(hypotheses, references).score,
-            "chrf": self._chrf.corpus_score(hypotheses, references).score,
-            "exact_match": exact / len(translations),
-        }
+        sparse_hypotheses = [translation.sparse_hypothesis for translation in translations]
+        values = self._score(hypotheses, references)
+        sparse_values = values if sparse_hypotheses == hypotheses else self._score(sparse_hypotheses, references)
+        return values | {f"{name}_sparse": value for name, value in sparse_values.items()}
 
     @property
     def bleu_signature(self) -> str:
@@ -79,6 +82,14 @@ class TranslationScores:
     def chrf_signature(self) -> str:
         """What chrF was computed with; complete once it has been."""
         return self._chrf.get_signature().format()
+
+    def _score(self, hypotheses: list[str], references: list[str]) -> dict[str, float]:
+        exact = sum(hypothesis == reference for hypothesis, reference in zip(hypotheses, references, strict=True))
+        return {
+            "bleu": self._bleu.corpus_score(hypotheses, [references]).score,
+            "chrf": self._chrf.corpus_score(hypotheses, [references]).score,
+            "exact_match": exact / len(hypotheses),
+        }
 
     def gather(self) -> list[TranslatedSentence]:
         """The translations of all processes, in the order of the split."""

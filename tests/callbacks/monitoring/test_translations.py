@@ -9,7 +9,10 @@ from evomoe.callbacks import TranslationSamples
 from evomoe.errors import ConfigError
 from evomoe.tasks.translation_scores import TranslatedSentence, TranslationScores
 
-SENTENCES = [TranslatedSentence(number, f"s | {number}", f"r {number}", f"h {number}") for number in (1, 0)]
+SENTENCES = [
+    TranslatedSentence(1, "s | 1", "r 1", "h 1", "final 1"),
+    TranslatedSentence(0, "s | 0", "r 0", "h 0", "h 0"),
+]
 
 
 def task() -> SimpleNamespace:
@@ -50,7 +53,7 @@ def test_the_translations_of_the_test_are_kept_in_the_order_of_the_split(tmp_pat
     lines = (tmp_path / "translations.txt").read_text().splitlines()
     assert lines[0].startswith("# BLEU nrefs:1|case:mixed|")
     assert lines[1].startswith("# chrF nrefs:1|case:mixed|")
-    assert lines[2:] == ["", "S s | 0", "R r 0", "H h 0", "", "S s | 1", "R r 1", "H h 1"]
+    assert lines[2:] == ["", "S s | 0", "R r 0", "H h 0", "", "S s | 1", "R r 1", "H h 1", "H_sparse final 1"]
 
 
 def test_no_sentence_to_show_is_refused():

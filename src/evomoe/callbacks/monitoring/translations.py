@@ -18,7 +18,8 @@ class TranslationSamples(L.Callback):
     """Writes what :class:`evomoe.tasks.Translation` translates: samples to TensorBoard's text page, the test to a file.
 
     ``translations.txt`` in the run's folder begins with the scores' signatures and has, for each sentence, lines that
-    begin with ``S`` for the source, ``R`` for the reference and ``H`` for the hypothesis.
+    begin with ``S`` for the source, ``R`` for the reference and ``H`` for the hypothesis; one with ``H_sparse`` where
+    the final sparse rule leads to another.
 
     Args:
         count: sentences to show after a validation, the same every time: those of the sample that come first in the
@@ -54,6 +55,8 @@ class TranslationSamples(L.Callback):
         lines = [f"# BLEU {task.scores.bleu_signature}", f"# chrF {task.scores.chrf_signature}"]
         for sentence in translations:
             lines += ["", f"S {sentence.source}", f"R {sentence.reference}", f"H {sentence.hypothesis}"]
+            if sentence.sparse_hypothesis != sentence.hypothesis:
+                lines.append(f"H_sparse {sentence.sparse_hypothesis}")
         path = Path(trainer.default_root_dir) / FILE
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         rank_zero_info(f"All {len(translations):,} translations of the test: {path}")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from helpers.programs import CONFIGS, compose
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
@@ -17,20 +18,23 @@ from evomoe.models.roberta import Encoder, RoBERTa
 from evomoe.models.vit import ViT
 from evomoe.routing.switch import Switch
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "model"
+SIZES = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
+DOCUMENTED = [name for name in SIZES if name.endswith("_mini")]
+INHERITING = [name for name in SIZES if name not in DOCUMENTED]
 
 
 def build_on_meta(name: str, vocab_size: int, context: int) -> GPT:
     """Build the model of a config without allocating its weights."""
     config = OmegaConf.create({"data": {"context": context}, "router": {"gate": None}})
-    config.model = OmegaConf.load(CONFIGS / f"{name}.yaml")
+    config.model = compose(f"model={name}").model
     config.model.vocab_size = vocab_size
     with torch.device("meta"):
         return instantiate(config.model, router=functools.partial(Switch))
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_key_is_an_argument_with_a_comment(path: Path) -> None:
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_every_key_is_an_argument_with_a_comment(name: str) -> None:
+    path = CONFIGS / "model" / f"{name}.yaml"
     config = OmegaConf.load(path)
     # The order of norms is that of GPT and ViT themselves, and nothing is the future for an encoder.
     fixed = {GPT: {"norm_first"}, RoBERTa: {"allow_future_leak"}, ViT: {"norm_first", "allow_future_leak"}}
@@ -47,6 +51,16 @@ def test_every_key_is_an_argument_with_a_comment(path: Path) -> None:
         assert lines[index - 1].startswith("# ")
 
 
+@pytest.mark.parametrize("name", INHERITING)
+def test_a_size_is_the_documented_one_but_for_the_keys_of_its_file(name: str) -> None:
+    base = f"{name.partition('_')[0]}_mini"
+    inherited, own = (yaml.safe_load((CONFIGS / "model" / f"{size}.yaml").read_text()) for size in (base, name))
+    assert own.pop("defaults") == [base, "_self_"]
+    assert own.keys() <= inherited.keys()
+    assert not own.items() & inherited.items()
+    assert OmegaConf.to_container(compose(f"model={name}").model) == inherited | own
+
+
 def test_roberta_base_has_the_size_of_the_paper() -> None:
     """125M parameters with the paper's vocabulary, and its two position rows for padding."""
     model = build_on_meta("roberta_base", vocab_size=50265, context=514)
@@ -56,7 +70,7 @@ def test_roberta_base_has_the_size_of_the_paper() -> None:
 def build_vit_on_meta(name: str, **changes: object) -> ViT:
     """Build a ViT for ImageNet of 224 pixels without allocating its weights."""
     config = OmegaConf.create({"router": {"gate": None}})
-    config.model = OmegaConf.load(CONFIGS / f"{name}.yaml")
+    config.model = compose(f"model={name}").model
     config.model.update({"num_classes": 1000, "channels": 3, "image_size": 224, **changes})
     with torch.device("meta"):
         return instantiate(config.model, router=functools.partial(Switch))

@@ -51,9 +51,9 @@ class RecordedReMoE(ReMoE):
         super().after_optimizer_step(statistics)
 
 
-def make_task(router: Any, **coefficients: float) -> LanguageModeling:
+def make_task(router: Any, num_experts: int = EXPERTS, **coefficients: float) -> LanguageModeling:
     torch.manual_seed(0)
-    model = GPT(VOCABULARY, CONTEXT, 16, 4, 2, num_experts=EXPERTS, router=router, dropout=0.0)
+    model = GPT(VOCABULARY, CONTEXT, 16, 4, 2, num_experts=num_experts, router=router, dropout=0.0)
     return LanguageModeling(model, Optimization(learning_rate=0.01, warmup=0, min_ratio=1.0), coefficients)
 
 
@@ -104,6 +104,12 @@ def test_lambda_changes_once_per_optimizer_step_and_alike_in_all_layers():
         assert told.active_experts.item() == pytest.approx(mean.item())
         factor *= 1.2 if mean > 1 else 1 / 1.2
     assert first.l1_factor.item() == second.l1_factor.item() == pytest.approx(factor, rel=1e-5)
+
+
+def test_a_layer_of_one_expert_tells_its_router_too():
+    task = make_task(RecordedReMoE, num_experts=1)
+    fit(task)
+    assert [len(router.told) for router in routers(task)] == [3, 3]
 
 
 @pytest.mark.parametrize(

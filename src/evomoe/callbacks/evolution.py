@@ -243,7 +243,7 @@ class Evolution(L.Callback):
         """Spawn when it is time, and tell every router the values of this optimizer step."""
         assert self.plan is not None
         if trainer.global_step >= self.plan.spawn_at:
-            unborn = [(name, layer) for name, layer in self._layers if layer.live_experts < layer.num_experts]
+            unborn = [(name, layer) for name, layer in self._layers if not layer.routes]
             if unborn:
                 spawn_experts(unborn, self.spawn, self.seed, trainer.optimizers[0])
                 number = unborn[0][1].num_experts

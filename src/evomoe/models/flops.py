@@ -60,6 +60,6 @@ def expert_flops(experts: Experts) -> int:
 
 def layer_flops(layer: MoELayer, active_experts: float) -> float:
     """An MoE layer of which ``active_experts`` routed experts work for a token; no router runs before the spawn."""
-    router = 0 if layer.live_experts < layer.num_experts else layer.router.flops_per_token()
+    router = layer.router.flops_per_token() if layer.routes else 0
     shared = 0 if layer.shared is None else expert_flops(layer.shared)
     return router + shared + active_experts * expert_flops(layer.experts)

@@ -17,7 +17,6 @@ from evomoe.errors import ConfigError
 from evomoe.models.gpt import GPT
 from evomoe.models.initialization import seed_of
 from evomoe.models.key_value_cache import KeyValueCache
-from evomoe.routing import SparseRouting
 
 TokenExperts = dict[str, list[list[tuple[int, float]]]]
 """For each MoE layer, for each token: the experts that worked for it, with their combine weights."""
@@ -128,11 +127,7 @@ def trace_experts(model: GPT, sequences: Sequence[Sequence[int]], *, final_rule:
         _, routings = model(tokens, valid=valid, final_rule=final_rule)
     traces: list[TokenExperts] = [{} for _ in windows]
     for name, routing in zip(model.moe_layers, routings, strict=True):
-        if isinstance(routing, SparseRouting):
-            weights = routing.to_dense()  # (B * S, E)
-        else:
-            weights = routing.combine.sum(dim=-1).flatten(0, 1)  # slots of one expert count together
-        weights = weights.unflatten(0, tokens.shape).cpu()  # (B, S, E)
+        weights = routing.to_dense().unflatten(0, tokens.shape).cpu()  # (B, S, E)
         for trace, window, row in zip(traces, windows, weights, strict=True):
             trace[name] = [
                 [(expert, float(token[expert])) for expert in token.nonzero()[:, 0].tolist()]

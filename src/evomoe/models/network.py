@@ -22,7 +22,7 @@ from evomoe.models.flops import attention_flops, expert_flops, layer_flops, matr
 from evomoe.models.key_value_cache import KeyValueCache
 from evomoe.moe.kernels import compute_dtype
 from evomoe.moe.layer import MoELayer, RouterFactory
-from evomoe.routing import Router, Routing, SparseRouting
+from evomoe.routing import Router, Routing
 
 INIT_STD = 0.02
 VOCABULARY_MULTIPLE = 64
@@ -99,7 +99,7 @@ class BlockOptions:
             )
         blocks = []
         for index in range(num_layers):
-            feed_forward = self._feed_forward(index, num_layers)
+            feed_forward = self._feed_forward(index)
             if causal and isinstance(feed_forward, MoELayer) and not self.allow_future_leak:
                 refuse_future_leak(feed_forward.router)
             block = Block(
@@ -117,7 +117,7 @@ class BlockOptions:
             blocks.append(block)
         return nn.ModuleList(blocks)
 
-    def _feed_forward(self, index: int, num_layers: int) -> FeedForward | MoELayer:
+    def _feed_forward(self, index: int) -> FeedForward | MoELayer:
         d_ff = 4 * self.d_model if self.d_ff is None else self.d_ff
         if not self.moe_every or self.router is None or (index + 1) % self.moe_every:
             return FeedForward(self.d_model, d_ff, activation=self.activation, bias=self.bias)
@@ -129,8 +129,6 @@ class BlockOptions:
             activation=self.activation,
             bias=self.bias,
             backend=self.expert_backend,
-            init_std=INIT_STD,
-            output_std=output_std(num_layers),
             shared_experts=self.shared_experts,
         )
 
@@ -153,6 +151,14 @@ class Network(nn.Module, ABC):
     @abstractmethod
     def named_blocks(self) -> dict[str, Block]:
         """All blocks by name, in the order in which a batch meets them."""
+
+    @abstractmethod
+    def init_weights(self, seed: int) -> None:
+        """Draw all parameters anew, each from a generator of its own.
+
+        Args:
+            seed: of the draws.
+        """
 
     @property
     def moe_layers(self) -> dict[str, MoELayer]:
@@ -211,7 +217,7 @@ class Network(nn.Module, ABC):
             hidden, routing = checkpoint(apply, hidden, use_reentrant=False) if recompute else apply(hidden)
             if routing is not None:
                 routings.append(routing)
-                previous_logits = routing.logits if isinstance(routing, SparseRouting) else None
+                previous_logits = routing.logits
         return hidden, routings
 
     def num_parameters(self) -> int:

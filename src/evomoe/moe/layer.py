@@ -90,6 +90,11 @@ class MoELayer(nn.Module):
         self._live = number
         self.born.fill_(number)
 
+    @property
+    def routes(self) -> bool:
+        """Whether the router runs, as all experts live, rather than expert 0 alone."""
+        return self._live == self.num_experts
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._live = int(self.born)
@@ -132,11 +137,11 @@ class MoELayer(nn.Module):
             final_rule=final_rule,
         )
         routing: Routing
-        if self._live < self.num_experts:
-            output, routing = self._grow(inputs)
-        else:
+        if self.routes:
             routing = self.router(inputs)
             output = self._mix(flat, routing)
+        else:
+            output, routing = self._grow(inputs)
         if self.shared is not None:
             shared = self.shared.base(flat)
             output = output + (shared if inputs.valid is None else shared * inputs.valid[:, None]).to(flat.dtype)

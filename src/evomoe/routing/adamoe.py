@@ -89,10 +89,6 @@ class AdaMoE(Router):
         self.null_output = null_output
         self.gate = LinearGate(d_model, num_experts + num_null, init)
 
-    def reset_parameters(self) -> None:
-        """Draw the gate anew."""
-        self.gate.reset_parameters()
-
     def forward(self, inputs: RoutingInput) -> SparseRouting:
         """Route ``inputs.hidden (T, D)``."""
         logits = self.gate(inputs.hidden)  # (T, E + m)

@@ -45,10 +45,10 @@ def balanced_assignment(scores: Tensor) -> Tensor:
         known = scores[finite] if bool(finite.any()) else scores.new_zeros(1)
         scores = scores.nan_to_num(nan=float(known.min()), posinf=float(known.max()), neginf=float(known.min()))
     prices = _balancing_prices(scores.float())
-    scores = scores.double()
     # In the precision of the repair, in which a choice that rounding made worse than another would be a gain for ever.
-    greedy = (scores - prices.double()).argmax(dim=1)
-    exact = _Repair(scores.cpu().numpy(), greedy.cpu().numpy()).run()
+    precise = scores.cpu().double()
+    greedy = (precise - prices.cpu().double()).argmax(dim=1)
+    exact = _Repair(precise.numpy(), greedy.numpy()).run()
     return torch.from_numpy(exact).to(scores.device)
 
 

@@ -38,10 +38,6 @@ class BASELayer(Router):
         self.exchange = exchange
         self.gate = LinearGate(d_model, num_experts, "orthogonal")
 
-    def reset_parameters(self) -> None:
-        """Draw the centroids anew."""
-        self.gate.reset_parameters()
-
     def forward(self, inputs: RoutingInput) -> SparseRouting:
         """Route ``inputs.hidden (T, D)``."""
         affinity = self.gate(inputs.hidden)  # (T, E)

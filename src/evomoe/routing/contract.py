@@ -188,6 +188,9 @@ class SoftRouting:
     losses: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
+    balance = logits = bypass = None
+    """What a sparse routing may have."""
+
     @property
     def rows(self) -> int:
         """Rows that the experts compute: all G E C slots."""
@@ -320,4 +323,9 @@ class Router(nn.Module, ABC):
         return sum(2 * parameter.numel() for parameter in self.parameters() if parameter.ndim == 2)
 
     def reset_parameters(self) -> None:
-        """Draw the gate's initial parameters from the global random generator."""
+        """Draw the initial parameters of the submodules, such as the gate, from the global random generator.
+
+        A router with parameters or running state of its own draws them here too.
+        """
+        for child in self.children():
+            child.reset_parameters()  # type: ignore[operator]

@@ -25,10 +25,6 @@ class DenseMoE(Router):
         super().__init__(d_model, num_experts)
         self.gate = LinearGate(d_model, num_experts, init)
 
-    def reset_parameters(self) -> None:
-        """Draw the gate anew."""
-        self.gate.reset_parameters()
-
     def forward(self, inputs: RoutingInput) -> SparseRouting:
         """Route ``inputs.hidden (T, D)``."""
         scores = F.softmax(self.gate(inputs.hidden), dim=1)  # (T, E)

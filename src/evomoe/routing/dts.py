@@ -88,10 +88,6 @@ class DTSGate(Router):
         self.register_buffer("temperature", torch.tensor(1.0), persistent=False)
         self.register_buffer("noise_scale", torch.tensor(1.0), persistent=False)
 
-    def reset_parameters(self) -> None:
-        """Draw the gate anew."""
-        self.gate.reset_parameters()
-
     def set_schedule(self, values: ScheduleValues) -> None:
         """Take over temperature, noise scale and rule of the current optimizer step."""
         if values.temperature <= 0:

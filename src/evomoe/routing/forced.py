@@ -28,10 +28,6 @@ class ForcedBalance(Router):
         self.top_k = top_k
         self.gate = LinearGate(d_model, num_experts)
 
-    def reset_parameters(self) -> None:
-        """Draw the gate anew."""
-        self.gate.reset_parameters()
-
     def forward(self, inputs: RoutingInput) -> SparseRouting:
         """Route ``inputs.hidden (T, D)``."""
         scores = F.softmax(self.gate(inputs.hidden), dim=1)  # (T, E)

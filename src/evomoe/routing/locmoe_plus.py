@@ -121,11 +121,12 @@ class LocMoEPlus(Router):
     def _capacity(self, delta: Tensor, inputs: RoutingInput) -> Tensor:
         """Places per expert by the largest affinity, within the bounds, a 0-dim tensor."""
         num_tokens = count_tokens(inputs.valid, inputs.hidden)
-        most = num_tokens.double().clamp(min=1)
+        precise = torch.float32 if num_tokens.device.type == "mps" else torch.float64  # Apple GPUs have no other
+        most = num_tokens.to(precise).clamp(min=1)
         if self.capacity_factor is not None:
             bound = capacity_per_expert(num_tokens, self.num_experts, self.top_k, self.capacity_factor)
             most = torch.minimum(bound, most)
-        largest = mask_padding(delta, inputs.valid).max().clamp(min=0).double()
+        largest = mask_padding(delta, inputs.valid).max().clamp(min=0).to(precise)
         wanted = log_capacity_exponential(self.num_experts, self.d_model, largest)
         return torch.minimum(wanted, most.log()).exp().ceil().clamp(min=1).minimum(most)
 

@@ -98,7 +98,7 @@ class LossFreeBias(Router):
 
     def reset_parameters(self) -> None:
         """Draw the gate anew, and begin without bias."""
-        self.gate.reset_parameters()
+        super().reset_parameters()
         self.bias.zero_()
 
     def forward(self, inputs: RoutingInput) -> SparseRouting:

@@ -6,6 +6,7 @@ Shapes: T tokens, D model width, E true experts, m experts without computation, 
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from evomoe.routing.gate import LinearGate
 from evomoe.routing.losses import switch_balance
 from evomoe.routing.selection import (
     assign_choices,
+    capacity_per_expert,
     check_capacity_factor,
     check_top_k,
     count_tokens,
@@ -109,7 +111,7 @@ class MoEPlusPlus(Router):
 
     def reset_parameters(self) -> None:
         """Draw the gate, the gating residual and the constant experts anew."""
-        self.gate.reset_parameters()
+        super().reset_parameters()
         self._draw_others()
 
     def _draw_others(self) -> None:
@@ -153,11 +155,11 @@ class MoEPlusPlus(Router):
 
     def _within_capacity(self, expert: Tensor, factor: float, inputs: RoutingInput) -> Tensor:
         """Which choices find a free place, ``(T, K)`` bool."""
-        tokens = count_tokens(inputs.valid, inputs.hidden).double()
-        places = factor * self.top_k * tokens / (self.tau * self.num_experts + self.num_null)
+        tokens, tau = count_tokens(inputs.valid, inputs.hidden), Fraction(self.tau).limit_denominator(10**6)
+        shares = tau * self.num_experts + self.num_null  # in shares of an expert without computation
         of_true, of_null = (
-            within_capacity(expert, (share * places - 1e-9).ceil().clamp(min=1), inputs.valid)
-            for share in (self.tau, 1.0)
+            within_capacity(expert, capacity_per_expert(tokens, experts, self.top_k, factor), inputs.valid)
+            for experts in (shares / tau, shares)
         )
         return torch.where(expert < self.num_experts, of_true, of_null)
 

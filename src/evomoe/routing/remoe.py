@@ -77,7 +77,7 @@ class ReMoE(Router):
 
     def reset_parameters(self) -> None:
         """Draw the gate anew, and begin with the first lambda."""
-        self.gate.reset_parameters()
+        super().reset_parameters()
         self.l1_factor.fill_(self.initial_lambda)
 
     def forward(self, inputs: RoutingInput) -> SparseRouting:

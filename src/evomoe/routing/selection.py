@@ -134,13 +134,18 @@ def assign_within_capacity(
 
 
 def capacity_per_expert(
-    num_tokens: Tensor, num_experts: int, top_k: int, factor: float, rounding: str = "ceil", multiple: int = 1
+    num_tokens: Tensor,
+    num_experts: int | Fraction,
+    top_k: int,
+    factor: float,
+    rounding: str = "ceil",
+    multiple: int = 1,
 ) -> Tensor:
     """Places per expert: ``T * K / E * factor`` over real tokens, rounded to an integer of at least 1.
 
     Args:
         num_tokens: real tokens T of each pool, of any shape, which the result has too.
-        num_experts: number of experts E.
+        num_experts: number of experts E; a fraction where experts are meant to have unequal loads.
         top_k: experts per token K.
         factor: of the capacity.
         rounding: ``"ceil"``, or ``"round"`` to the nearest, halves to the even one.

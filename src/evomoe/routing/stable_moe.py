@@ -51,12 +51,6 @@ class StableMoE(Router):
         self.light_gate = LinearGate(light_dim, num_experts, "scaled")
         self.hardened = False
 
-    def reset_parameters(self) -> None:
-        """Draw centroids and light router anew."""
-        self.gate.reset_parameters()
-        self.words.reset_parameters()
-        self.light_gate.reset_parameters()
-
     def set_schedule(self, values: ScheduleValues) -> None:
         """Enter stage 2 when the schedule hardens."""
         self.hardened = values.hardened

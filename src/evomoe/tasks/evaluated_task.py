@@ -87,7 +87,7 @@ class EvaluatedTask(MoETask):
 
     def _rules_differ(self) -> bool:
         layers = self.model.moe_layers.values()
-        return any(layer.live_experts > 1 and layer.router.rules_differ for layer in layers)
+        return any(layer.routes and layer.router.rules_differ for layer in layers)
 
     def _log_results(self, split: str) -> None:
         # Equal on all processes already; sync_dist keeps Lightning from doubting it.

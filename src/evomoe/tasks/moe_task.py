@@ -175,7 +175,7 @@ class MoETask(L.LightningModule):
         losses = []
         for name, routing in zip(layers, routings, strict=True):
             of_layer = dict(routing.losses)
-            if isinstance(routing, SparseRouting) and layers[name].live_experts > 1:
+            if layers[name].routes and isinstance(routing, SparseRouting):
                 self._counts.add(name, routing)
                 if self.balance_scope == "global" and routing.balance is not None:
                     of_layer["balance"] = self._counts.spread(name, routing.balance).loss()

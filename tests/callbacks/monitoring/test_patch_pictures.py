@@ -13,12 +13,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from evomoe.callbacks.monitoring.patch_pictures import (
     GAP,
     PatchPictures,
-    draw,
+    draw_soft,
+    draw_sparse,
     encode_png,
     heat,
     palette,
     patch_weights,
     show,
+    slot_weights,
     spread,
     stack,
     tint,
@@ -26,7 +28,7 @@ from evomoe.callbacks.monitoring.patch_pictures import (
 from evomoe.data import ImageDataModule
 from evomoe.errors import ConfigError
 from evomoe.models.vit import ViT
-from evomoe.routing import SoftRouting, SparseRouting, TopK
+from evomoe.routing import SoftMoE, SparseRouting, TopK
 from evomoe.tasks import ImageClassification, Optimization
 
 
@@ -52,15 +54,14 @@ def test_weights_of_a_sparse_routing_by_patch():
     assert (weights > 0).sum(axis=2).tolist() == [[1, 0, 0, 1], [2, 0, 0, 1]]
 
 
-def test_weights_of_a_soft_routing_are_those_of_the_first_slots():
+def test_weights_of_slots_have_the_first_ones_of_all_experts_before_the_second_ones():
     dispatch = torch.rand(2, 5, 3, 2, generator=torch.Generator().manual_seed(0))  # (G, S, E, C)
-    routing = SoftRouting(dispatch=dispatch, combine=dispatch, num_tokens=torch.tensor(10))
-    weights = patch_weights(routing, images=2, num_patches=4)
-    np.testing.assert_array_equal(weights, dispatch[:, 1:, :, 0].numpy())
-    over_batch = SoftRouting(
-        dispatch=dispatch.view(1, 10, 3, 2), combine=dispatch.view(1, 10, 3, 2), num_tokens=torch.tensor(10)
-    )
-    np.testing.assert_array_equal(patch_weights(over_batch, images=2, num_patches=4), weights)
+    weights = slot_weights(dispatch, images=2, num_patches=4)
+    np.testing.assert_array_equal(weights, dispatch[:, 1:].transpose(2, 3).numpy())
+    np.testing.assert_array_equal(slot_weights(dispatch.view(1, 10, 3, 2), images=2, num_patches=4), weights)
+    shown = weights.reshape(2, 4, -1)
+    np.testing.assert_array_equal(shown[:, :, 2], dispatch[:, 1:, 2, 0].numpy())
+    np.testing.assert_array_equal(shown[:, :, 4], dispatch[:, 1:, 1, 1].numpy())
 
 
 def test_values_land_on_their_patches():
@@ -95,23 +96,58 @@ def test_images_are_enlarged_by_whole_numbers():
     assert show(np.zeros((3, 50, 50))).shape == (150, 150, 3)
 
 
+@pytest.mark.parametrize(
+    ("channels", "shown"),
+    [
+        ([1.0], [255] * 3),
+        ([1.0, 0.2], [153] * 3),
+        ([1.0, 0.2, 0.4], [255, 51, 102]),
+        ([1.0, 0.2, 0.4, 0], [255, 51, 102]),
+    ],
+)
+def test_an_image_has_any_number_of_channels(channels, shown):
+    assert show(np.array(channels)[:, None, None])[0, 0].tolist() == shown
+
+
 def test_a_picture_has_a_row_per_image_and_a_legend():
     images = [np.zeros((128, 128, 3), np.uint8)] * 2
     weights = np.zeros((2, 16, 4))
     weights[:, :, 2] = 1
-    picture = draw(images, weights, slots=None)
+    picture = draw_sparse(images, weights)
     assert picture.shape == (2 * (128 + GAP) + 4 * GAP, 3 * (128 + GAP), 3)
     colours = palette(4)
     assert picture[-1, [0, 100, 250, 390]].tolist() == colours[[0, 1, 2, 3]].tolist()
     assert picture[5, 128 + GAP + 5].tolist() == (0.6 * colours[2]).astype(np.uint8).tolist()
     assert picture[5, 2 * (128 + GAP) + 5].tolist() == [255, 255, 255]  # one expert is the most of this picture
-    assert draw(images, weights + 1, slots=3).shape == (2 * (128 + GAP), 4 * (128 + GAP), 3)
     assert (stack([[np.zeros((2, 2, 3), np.uint8)]])[-1] == 255).all()
 
 
+def test_a_soft_picture_has_what_slots_read_above_what_patches_receive():
+    image, cell = np.full((128, 128, 3), 100, np.uint8), 128 + GAP
+    dispatch, combine = np.zeros((1, 4, 2, 2)), np.zeros((1, 4, 2, 2))  # (B, N, C, E)
+    dispatch[0, 3, 1, 0] = 0.5  # the third slot, which is expert 0's second, reads the last patch
+    combine[0, 0, :, 1] = 0.3  # the first patch receives most of expert 1, by both of its slots
+    combine[0, 0, 1, 0] = 0.4
+    picture = draw_soft([image], dispatch, combine, slots=3)
+    assert picture.shape == (2 * cell + 4 * GAP, 4 * cell, 3)
+    read, received = (picture[top : top + 128].reshape(128, -1, 3) for top in (0, cell))
+    assert (read[:, :128] == 100).all()
+    last, first = (127, 127), (0, 0)
+    for column, (of_slot, of_patch) in enumerate([(0, 0), (0, 255), (255, 255)], start=1):
+        assert read[last[0], column * cell + last[1]].tolist() == [of_slot] * 3
+        assert received[first[0], column * cell + first[1]].tolist() == [of_patch] * 3
+    colours = palette(2)
+    assert received[0, 0].tolist() == (0.4 * 100 + 0.6 * colours[1]).astype(np.uint8).tolist()
+    assert received[127, 127].tolist() == [100] * 3
+    assert picture[-1, [0, -1]].tolist() == colours.tolist()
+    assert draw_soft([image], dispatch, combine, slots=9).shape == (2 * cell + 4 * GAP, 5 * cell, 3)
+
+
 def test_an_image_of_padding_has_black_slots():
-    picture = draw([np.full((128, 128, 3), 9, np.uint8)], np.zeros((1, 16, 4)), slots=2)
-    assert (picture[:128, 128 + GAP : 2 * 128 + GAP] == 0).all()
+    nothing = np.zeros((1, 16, 1, 4))
+    picture = draw_soft([np.full((128, 128, 3), 9, np.uint8)], nothing, nothing, slots=2)
+    for top in (0, 128 + GAP):
+        assert (picture[top : top + 128, 128 + GAP : 2 * 128 + GAP] == 0).all()
 
 
 def test_png_files_are_read_by_others():
@@ -124,14 +160,15 @@ def test_png_files_are_read_by_others():
         assert np.array_equal(np.asarray(read), picture)
 
 
-def fit(folder, experts: int = 4, grown: bool = True) -> None:
+def fit(folder, *, grown: bool = True, router=TopK, precision: str = "32-true", channels: int = 3) -> None:
     torch.manual_seed(0)
-    model = ViT(8, 4, 3, 3, 16, 2, 2, num_experts=experts, moe_every=1, router=TopK, dropout=0.0)
+    model = ViT(8, 4, channels, 3, 16, 2, 2, num_experts=4, moe_every=1, router=router, dropout=0.0)
     if not grown:
         for layer in model.moe_layers.values():
             layer.live_experts = 1
     trainer = L.Trainer(
         accelerator="cpu",
+        precision=precision,
         max_steps=4,
         val_check_interval=2,
         logger=TensorBoardLogger(folder, name="", version="tensorboard"),
@@ -142,7 +179,7 @@ def fit(folder, experts: int = 4, grown: bool = True) -> None:
         default_root_dir=folder,
         callbacks=[PatchPictures(images=2)],
     )
-    data = ImageDataModule(Drawn(), batch_size=4)
+    data = ImageDataModule(Drawn(channels=channels), batch_size=4)
     trainer.fit(ImageClassification(model, Optimization(warmup=0)), datamodule=data)
     trainer.validate(ImageClassification(model, Optimization()), datamodule=data, verbose=False)
 
@@ -157,6 +194,18 @@ def test_each_validation_of_a_fit_is_drawn_for_each_layer(tmp_path):
     assert [image.step for image in logged] == [2, 4]
     assert logged[-1].encoded_image_string == (tmp_path / "pictures" / "block_1_step_00000004.png").read_bytes()
     assert (logged[-1].height, logged[-1].width) == (2 * (128 + GAP) + 4 * GAP, 3 * (128 + GAP))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("router", [TopK, SoftMoE])
+def test_each_precision_is_drawn(tmp_path, precision, router):
+    fit(tmp_path, precision=precision, router=router)
+    assert len(list((tmp_path / "pictures").iterdir())) == 4
+
+
+def test_images_of_two_channels_are_drawn(tmp_path):
+    fit(tmp_path, channels=2)
+    assert len(list((tmp_path / "pictures").iterdir())) == 4
 
 
 def test_a_layer_with_one_expert_has_nothing_to_show(tmp_path):

@@ -8,8 +8,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from evomoe.callbacks import TextSamples
 from evomoe.data.tokenizer import Tokenizer
+from evomoe.errors import ConfigError
 from evomoe.models.generation import generate
 from evomoe.models.gpt import GPT
+from evomoe.models.roberta import RoBERTa
 from evomoe.routing import DTSGate
 
 
@@ -48,6 +50,12 @@ def test_greedy_continuations_are_written_as_typed(tmp_path, tokenizer, module):
     first, second = text.split("\n\n---\n\n")
     assert first == "    " + expected[0].replace("\n", "\n    ")
     assert second.startswith("    over\n    the")
+
+
+def test_a_model_that_does_not_write_on_is_refused():
+    module = SimpleNamespace(model=RoBERTa(9, 8, 16, 2, 2, router=DTSGate))
+    with pytest.raises(ConfigError, match="^callbacks.samples continues prompts, which RoBERTa cannot: set"):
+        TextSamples(["a"]).setup(SimpleNamespace(), module, "fit")
 
 
 def test_training_goes_on_as_if_nothing_had_been_written(tmp_path, tokenizer, module):

@@ -55,8 +55,8 @@ class ExpertSimilarity(L.Callback):
 
     All experts of an MoE layer compute the states that reach the layer in the first validation batch, at most 256 real
     tokens of each process: the same words at every validation. 1 for copies; it falls as the experts diverge. Logged
-    for each layer under ``evolution/<layer>/expert_similarity``, and the mean over the layers. A layer in which one
-    expert lives has nothing to compare.
+    for each layer under ``evolution/<layer>/expert_similarity``, and the mean over the layers. A layer with one
+    expert, or in which one lives, has nothing to compare.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class ExpertSimilarity(L.Callback):
         self._hooks.enter_context(torch.compiler.set_stance("force_eager"))
         layers: Any = pl_module.model.moe_layers  # type: ignore[union-attr]
         for name, layer in layers.items():
-            if layer.live_experts > 1:
+            if layer.routes and layer.num_experts > 1:
                 hook = layer.register_forward_pre_hook(self._keeper(name), with_kwargs=True)
                 self._hooks.callback(hook.remove)
 

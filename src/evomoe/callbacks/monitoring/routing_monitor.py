@@ -8,8 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from evomoe.callbacks.console.bars import write_bars
-from evomoe.callbacks.tensorboard import find_tensorboard
+from evomoe.callbacks.tensorboard import find_tensorboard, write_bars
 from evomoe.routing.metrics import brief_metrics
 
 

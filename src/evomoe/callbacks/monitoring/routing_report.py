@@ -16,7 +16,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
-from evomoe.callbacks.console.bars import write_bars
 from evomoe.callbacks.monitoring.routing_metrics import (
     CoActivation,
     ExpertLoad,
@@ -25,7 +24,7 @@ from evomoe.callbacks.monitoring.routing_metrics import (
     active_experts,
 )
 from evomoe.callbacks.monitoring.routing_stability import ExpertSets, Stability
-from evomoe.callbacks.tensorboard import find_tensorboard
+from evomoe.callbacks.tensorboard import find_tensorboard, write_bars
 from evomoe.errors import ConfigError, EvomoeWarning
 from evomoe.routing import Router, SparseRouting, Words
 
@@ -139,7 +138,7 @@ class RoutingReport(L.Callback):
         model: Any = pl_module.model
         layers = zip(model.moe_layers.items(), outputs["final_routings"], outputs["words"], strict=True)
         for (name, layer), routing, words in layers:
-            if layer.live_experts == 1 or not isinstance(routing, SparseRouting):
+            if not (layer.routes and isinstance(routing, SparseRouting)):
                 continue
             if name not in self._reports:
                 followed = -(-self.followed_tokens // trainer.world_size)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import lightning as L
 
 from evomoe.callbacks.tensorboard import find_tensorboard
+from evomoe.errors import ConfigError
 from evomoe.models.generation import generate
+from evomoe.models.gpt import GPT
 
 
 class TextSamples(L.Callback):
@@ -21,6 +23,14 @@ class TextSamples(L.Callback):
     def __init__(self, prompts: Sequence[str], max_new_tokens: int = 40) -> None:
         self.prompts = list(prompts)
         self.max_new_tokens = max_new_tokens
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a model that does not write on."""
+        if not isinstance(pl_module.model, GPT):
+            raise ConfigError(
+                f"callbacks.samples continues prompts, which {type(pl_module.model).__name__} cannot: set"
+                " callbacks.samples=null"
+            )
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Generate and log; the training's random state is not touched."""

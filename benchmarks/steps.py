@@ -30,7 +30,7 @@ from evomoe.callbacks import (
     RunSummary,
     Throughput,
 )
-from evomoe.cli import instantiate
+from evomoe.instantiation import instantiate
 from evomoe.routing import Routing
 from evomoe.tasks import LanguageModeling, Optimization
 

@@ -12,8 +12,8 @@ from lightning.pytorch.accelerators import AcceleratorRegistry, CUDAAccelerator,
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from evomoe.checkpointing import load_checkpoint
-from evomoe.cli import annotations_of
 from evomoe.errors import ConfigError
+from evomoe.instantiation import annotations_of
 from evomoe.restoring import FREE_KEYS, config_of
 from evomoe.run_length import check_length, limited
 

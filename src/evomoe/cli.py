@@ -7,8 +7,6 @@ Ctrl-C and SIGTERM.
 from __future__ import annotations
 
 import contextlib
-import difflib
-import inspect
 import logging
 import os
 import re
@@ -18,19 +16,20 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException, InstantiationException, OverrideParseException
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
-from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from evomoe.errors import ConfigError, EvomoeWarning, NonFiniteError
+from evomoe.instantiation import arguments_at, fits_type
+from evomoe.suggestions import nearest_word, unknown_key
 
 MULTIRUN = {"-m", "--multirun"}
 TEXT_KEYS = ("prompt", "second", "source", "overrides")
@@ -204,7 +203,7 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
         usual, given = (OmegaConf.select(node, key, throw_on_missing=False) for node in (defaults, config))
         if not (isinstance(usual, bool | int | float) and isinstance(given, str)):
             continue
-        if not _fits(given, _arguments_at(config, key).get(key.rpartition(".")[2], type(usual))):
+        if not fits_type(given, arguments_at(config, key).get(key.rpartition(".")[2], type(usual))):
             kind = "true or false" if isinstance(usual, bool) else "a number"
             raise ConfigError(f"{override}: expected {kind}, as in {key}={str(usual).lower()}")
     _check_folder(Path(config.hydra.run.dir))
@@ -247,7 +246,7 @@ def explain(error: Exception, overrides: Sequence[str], config_dir: Path, config
     choice = _unknown_choice(text, overrides, config_dir)
     if choice is not None:
         group, name = choice
-        return f"{group}={name} does not exist{nearest(name, _choices(config_dir / group))}"
+        return f"{group}={name} does not exist{nearest_word(name, _choices(config_dir / group))}"
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
         key = unknown[1]
@@ -257,7 +256,7 @@ def explain(error: Exception, overrides: Sequence[str], config_dir: Path, config
         if group != key and group in composed and not composed[group] and (config_dir / group).is_dir():
             return f"{override}: there is no {group} here; choose one of {', '.join(_choices(config_dir / group))}"
         parent, _, name = key.rpartition(".")
-        if name in _arguments_at(composed, key) and name not in FILLED_NAMES:
+        if name in arguments_at(composed, key) and name not in FILLED_NAMES:
             return f"{override}: {parent} has no {name} yet, which it can have: add a +, as in +{override}"
         return f"{override}: {unknown_key(key, OmegaConf.to_container(composed, resolve=False))}"
     return text
@@ -284,31 +283,6 @@ def _choices(group: Path) -> list[str]:
     return sorted(path.stem for path in group.glob("*.yaml"))
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """``; did you mean 'x'?`` with the known words that come close, or all of them where they are few."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; expected one of {', '.join(known)}" if known and len(known) <= 30 else ""
-
-
-def unknown_key(key: str, values: Any) -> str:
-    """That a key is not among those of nested ``values``, and the nearest one that is."""
-    return f"there is no key {key!r}{nearest_key(key, _flatten(values))}"
-
-
-def nearest_key(key: str, known: Sequence[str]) -> str:
-    """The same for a dotted key: first among its siblings, then a key of that name anywhere else."""
-    parent, _, name = key.rpartition(".")
-    by_name = {other.rpartition(".")[2]: other for other in reversed(known)}
-    siblings = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == parent}
-    for names, cutoff in ((siblings, 0.6), (by_name, 0.8)):
-        close = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
-        if close:
-            return f"; did you mean {names[close[0]]!r}?"
-    return nearest(name, sorted(siblings))
-
-
 def _compose_choices(overrides: Sequence[str], config_dir: Path, config_name: str) -> DictConfig:
     """The configuration under the choices of groups alone, or under none where those do not compose."""
     groups = {path.name for path in config_dir.iterdir() if path.is_dir()}
@@ -322,126 +296,3 @@ def _compose_choices(overrides: Sequence[str], config_dir: Path, config_name: st
         finally:
             GlobalHydra.instance().clear()
     return OmegaConf.create()
-
-
-def _flatten(node: Any, prefix: str = "") -> list[str]:
-    if not isinstance(node, dict):
-        return []
-    keys = []
-    for name, value in node.items():
-        if name != "_target_":
-            keys += [f"{prefix}{name}", *_flatten(value, f"{prefix}{name}.")]
-    return keys
-
-
-def instantiate(node: Any, **extra: Any) -> Any:
-    """Hydra's ``instantiate`` with plain containers, checked types, and errors of one line.
-
-    Raises:
-        ConfigError: the one that the target raised, or one that names an unknown, missing or ill-typed argument.
-    """
-    check_types(node)
-    try:
-        return hydra.utils.instantiate(node, **extra, _convert_="all")
-    except InstantiationException as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, ConfigError):
-                raise cause from None
-            cause = cause.__cause__
-        raise ConfigError(_explain_target(error)) from error
-    except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key} has no value: choose a model, data and a task that go together") from error
-
-
-def check_types(node: Any) -> None:
-    """Compare the plain values of a configuration with the annotations of the classes that they are for.
-
-    Raises:
-        ConfigError: naming the first key whose value has another type.
-    """
-    if not isinstance(node, DictConfig):
-        return
-    expected = annotations_of(node["_target_"]) if "_target_" in node else {}
-    for name in node:
-        if OmegaConf.is_missing(node, name):
-            continue
-        try:
-            value = node[name]
-        except InterpolationKeyError:
-            source = OmegaConf.to_container(node)[name].strip("${}")  # type: ignore[index]
-            raise ConfigError(
-                f"{node._get_full_key(name)} is taken from {source}, which this run does not have: choose a router, a "
-                "model and data that go together"
-            ) from None
-        if isinstance(value, DictConfig):
-            check_types(value)
-        elif name in expected and not _fits(value, expected[name]):
-            raise ConfigError(f"{node._get_full_key(name)}={value}: expected {_words(expected[name])}")
-
-
-def _arguments_at(config: DictConfig, key: str) -> dict[str, Any]:
-    """Types of the arguments of the class that the keys beside ``key`` are for; none where there is no such class."""
-    node = OmegaConf.select(config, key.rpartition(".")[0])
-    if isinstance(node, DictConfig) and "_target_" in node:
-        with contextlib.suppress(Exception):  # whatever importing a user's module raises; building it will say so
-            return annotations_of(node["_target_"])
-    return {}
-
-
-def annotations_of(target: str) -> dict[str, Any]:
-    """Types of the arguments of a class, with those handed on to its base classes and ``options_class``."""
-    called = hydra.utils.get_class(target)
-    annotations: dict[str, Any] = {}
-    if hasattr(called, "options_class"):
-        annotations |= get_type_hints(called.options_class)
-    for base in reversed(inspect.getmro(called)):
-        if "__init__" in vars(base):
-            with contextlib.suppress(NameError):  # a name that is imported for type checkers only
-                annotations |= get_type_hints(vars(base)["__init__"])
-    return annotations
-
-
-WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path", NoneType: "null"}
-
-
-def _options(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    """Whether an argument of this annotation may be given as a plain value or a list."""
-    for option in _options(annotation):
-        kind = get_origin(option) or option
-        if kind in (Any, Union, Literal):
-            return True
-        if isinstance(value, ListConfig):
-            fits = isinstance(kind, type) and kind is not str and issubclass(list, kind)
-        else:
-            fits = type(value) is kind or (type(value), kind) in ((int, float), (str, Path))
-        if fits:
-            return True
-    return False
-
-
-def _words(annotation: Any) -> str:
-    kinds = [get_origin(option) or option for option in _options(annotation)]
-    return " or ".join(dict.fromkeys(WORDS.get(kind, "a list or group of keys") for kind in kinds))
-
-
-def _explain_target(error: InstantiationException) -> str:
-    text = " ".join(str(error).split())
-    key, target = re.search(r"full_key: ([\w.]+)", text), re.search(r"target '([\w.]+)'", text)
-    if target is None:
-        return text
-    cause = error.__cause__
-    # By name, as importing Lightning takes seconds.
-    if key and (isinstance(cause, ValueError) or type(cause).__name__ == "MisconfigurationException"):
-        return f"{key[1]} ({target[1].rpartition('.')[2]}): {' '.join(str(cause).split())}"
-    unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
-    if unknown is None:
-        return text
-    known = []
-    if target[1].endswith(f".{unknown[1]}"):  # else the target called a factory, whose arguments are not at hand
-        known = list(inspect.signature(hydra.utils.get_object(target[1])).parameters)
-    return f"{unknown[1]} has no argument {unknown[2]!r}{nearest(unknown[2], known)}"

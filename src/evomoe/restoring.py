@@ -15,9 +15,10 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from evomoe.callbacks import Evolution
 from evomoe.checkpointing import find_checkpoint, load_checkpoint
-from evomoe.cli import instantiate, unknown_key
 from evomoe.data import Tokenizer
 from evomoe.errors import ConfigError
+from evomoe.instantiation import instantiate
+from evomoe.suggestions import unknown_key
 from evomoe.tasks import MoETask
 
 RESTORED = ("data", "model", "router", "task", "evolution")
@@ -130,23 +131,19 @@ class Restored:
         config: the configuration that it was trained with.
         task: with its weights, and its routers set to the checkpoint's step.
         step: optimizer steps it was trained for.
+        data_state: what its datamodule keeps: identity, tokenizer, names of the classes.
     """
 
     path: Path
     config: DictConfig
     task: MoETask
     step: int
+    data_state: Mapping[str, Any]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Of its data, if they are text."""
         return Tokenizer.from_checkpoint({"data": self.data_state})
-
-    @cached_property
-    def data_state(self) -> Mapping[str, Any]:
-        """What its datamodule keeps: identity, tokenizer, names of the classes."""
-        datamodule = hydra.utils.get_class(self.config.data._target_)
-        return load_checkpoint(self.path)[datamodule.__qualname__]
 
 
 def restore(ckpt_path: str, log_dir: str = "logs", overrides: list[str] | None = None) -> Restored:
@@ -186,4 +183,5 @@ def restore(ckpt_path: str, log_dir: str = "logs", overrides: list[str] | None =
     evolution = trained_evolution(checkpoint, config)
     if evolution is not None:
         evolution.apply(task, checkpoint["global_step"])
-    return Restored(path, config, task.eval(), checkpoint["global_step"])
+    datamodule = hydra.utils.get_class(config.data._target_)
+    return Restored(path, config, task.eval(), checkpoint["global_step"], checkpoint[datamodule.__qualname__])

@@ -14,7 +14,8 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from evomoe.callbacks import Evolution
-from evomoe.cli import check_types, instantiate, quote_text
+from evomoe.cli import quote_text
+from evomoe.instantiation import check_types, instantiate
 from evomoe.models.gpt import GPT
 
 GROUPS = ("data", "model", "router", "task", "evolution", "callbacks", "trainer", "logger", "experiment", "debug")

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from helpers.programs import CONFIGS, compose
 
-from evomoe.cli import instantiate, quote_text
+from evomoe.cli import quote_text
 from evomoe.errors import ConfigError
+from evomoe.instantiation import instantiate
 from evomoe.reporting.plan import Comparison, merge, read_comparison
 
 TWO = "experiments=[gpt_dts,gpt_switch]"

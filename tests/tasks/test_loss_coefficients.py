@@ -11,8 +11,8 @@ import torch
 from helpers.programs import compose
 from torch.utils.data import DataLoader
 
-from evomoe.cli import instantiate
 from evomoe.errors import ConfigError
+from evomoe.instantiation import instantiate
 from evomoe.models.gpt import GPT
 from evomoe.routing import AdaMoE
 from evomoe.tasks import Coefficient, LanguageModeling, Optimization

@@ -11,9 +11,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from evomoe.checks import check_parts, check_trainer
-from evomoe.cli import check_missing, check_overrides, instantiate
+from evomoe.cli import check_missing, check_overrides
 from evomoe.data.corpus import flatten
 from evomoe.errors import ConfigError
+from evomoe.instantiation import instantiate
 from evomoe.reporting.figures import draw
 from evomoe.reporting.hparams import write_hparams
 from evomoe.reporting.plan import Comparison, Method, Run, read_comparison

@@ -17,6 +17,7 @@ from evomoe.routing import DTSGate, ExpertChoice, ScheduleValues, Switch
 from evomoe.tasks import MaskedLanguageModeling, Optimization
 
 V, S = 32, 12
+MARKER = 31
 
 
 class Windows(L.LightningDataModule):
@@ -25,6 +26,7 @@ class Windows(L.LightningDataModule):
     def __init__(self, mask_token: bool = True) -> None:
         super().__init__()
         self.vocab_size = V
+        self.tokenizer = SimpleNamespace(end_of_text_id=MARKER)
         self.mask_token = mask_token
         self.tokens = torch.randint(0, V, (8, S + 1), generator=torch.Generator().manual_seed(0))
         self.tokens[:, ::2] = 7
@@ -63,7 +65,10 @@ def make_trainer(**options: Any) -> L.Trainer:
 def by_hand(task: MaskedLanguageModeling, **options: Any) -> tuple[float, float, float]:
     """Loss, accuracy and unigram accuracy of a loop over the chosen tokens of the evaluation."""
     losses, right, common = [], [], []
-    for index, batch in enumerate(Windows().val_dataloader()):
+    for index, window in enumerate(Windows().val_dataloader()):
+        batch = task._begin(window)
+        assert (batch["tokens"][:, 0] == MARKER).all()
+        assert torch.equal(batch["tokens"][:, 1:], window["tokens"][:, 1:-1])
         inputs, chosen = task._mask(batch, torch.Generator().manual_seed(index))
         with torch.no_grad():
             logits, _ = task.model(inputs, valid=batch["valid"], **options)
@@ -110,6 +115,7 @@ def test_an_evaluation_draws_on_the_cpu_wherever_the_model_is(monkeypatch):
         raise SeenError(generator.device.type, generator.initial_seed())
 
     task = make_task().to("meta")
+    monkeypatch.setattr(task, "_begin", lambda batch: batch)
     monkeypatch.setattr(task, "_mask", mask)
     task._trainer = SimpleNamespace(world_size=2, global_rank=1)
     with pytest.raises(SeenError, match=r"\('cpu', 7\)"):
@@ -127,11 +133,12 @@ def test_training_learns_the_frequent_word_with_a_router_that_is_not_causal():
 def test_work_is_charged_for_the_scored_positions():
     task = make_task(partial(Switch, capacity_factor=None))
     task.log = lambda *args, **kwargs: None
+    task.marker_id = MARKER
     batch = {"tokens": Windows().tokens[:4]}
     torch.manual_seed(3)
     outputs = task.training_step(batch, 0)
     torch.manual_seed(3)
-    _, chosen = task._mask(batch, None)
+    _, chosen = task._mask(task._begin(batch), None)
     share = int(chosen.sum()) / chosen.numel()
     assert outputs["work"].tokens == 4 * S
     assert outputs["work"].forward_flops == pytest.approx(4 * S * task.model.flops_per_token(S, 1.0, scored=share))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from evomoe.tasks.masking import mask_tokens
 
-MASK = 50
+MASK, MARKER = 51, 50
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -15,12 +15,12 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def tokens_of(batch: int, sequence: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, MASK, (batch, sequence), generator=generator(seed))
+    return torch.randint(0, MARKER, (batch, sequence), generator=generator(seed))
 
 
 def test_shares_are_those_of_bert():
     tokens = tokens_of(400, 500)
-    inputs, chosen = mask_tokens(tokens, None, share=0.15, mask_id=MASK, generator=generator())
+    inputs, chosen = mask_tokens(tokens, None, share=0.15, mask_id=MASK, marker_id=MARKER, generator=generator())
     assert chosen.float().mean().item() == pytest.approx(0.15, abs=0.003)
     assert torch.equal(inputs[~chosen], tokens[~chosen])
     seen, real = inputs[chosen], tokens[chosen]
@@ -37,7 +37,9 @@ def test_words_are_hidden_whole():
     tokens = tokens_of(200, 60)
     starts = torch.zeros(MASK, dtype=torch.bool)
     starts[::3] = True
-    _, chosen = mask_tokens(tokens, None, share=0.3, mask_id=MASK, word_starts=starts, generator=generator())
+    _, chosen = mask_tokens(
+        tokens, None, share=0.3, mask_id=MASK, marker_id=MARKER, word_starts=starts, generator=generator()
+    )
     words = {}
     for row in range(200):
         word = 0
@@ -51,7 +53,9 @@ def test_words_are_hidden_whole():
 def test_where_every_token_begins_a_word_the_last_is_chosen_as_often_as_others():
     starts = torch.ones(MASK, dtype=torch.bool)
     tokens = tokens_of(4000, 6)
-    _, chosen = mask_tokens(tokens, None, share=0.15, mask_id=MASK, word_starts=starts, generator=generator())
+    _, chosen = mask_tokens(
+        tokens, None, share=0.15, mask_id=MASK, marker_id=MARKER, word_starts=starts, generator=generator()
+    )
     assert chosen.float().mean(dim=0).tolist() == pytest.approx([0.15] * 6, abs=0.02)
     assert torch.corrcoef(chosen.t().float()).fill_diagonal_(0).abs().max() < 0.06
 
@@ -60,10 +64,19 @@ def test_where_every_token_begins_a_word_the_last_is_chosen_as_often_as_others()
 def test_a_generator_of_the_cpu_hides_the_same_words_on_a_gpu():
     tokens = tokens_of(8, 20)
     here, there = (
-        mask_tokens(tokens.to(device), None, share=0.3, mask_id=MASK, generator=generator())
+        mask_tokens(tokens.to(device), None, share=0.3, mask_id=MASK, marker_id=MARKER, generator=generator())
         for device in ("cpu", "cuda")
     )
     assert all(torch.equal(one, other.cpu()) for one, other in zip(here, there, strict=True))
+
+
+def test_a_marker_is_never_chosen():
+    tokens = tokens_of(40, 50)
+    tokens[:, ::3] = MARKER
+    inputs, chosen = mask_tokens(tokens, None, share=0.9, mask_id=MASK, marker_id=MARKER, generator=generator())
+    assert torch.equal(inputs[tokens == MARKER], tokens[tokens == MARKER])
+    assert chosen[tokens != MARKER].float().mean().item() == pytest.approx(0.9, abs=0.03)
+    assert not chosen[tokens == MARKER].any()
 
 
 @given(seed=st.integers(0, 1000), share=st.floats(0.01, 0.99), whole=st.booleans(), length=st.integers(0, 7))
@@ -72,7 +85,9 @@ def test_padding_is_never_chosen_and_draws_repeat(seed, share, whole, length):
     valid = torch.arange(7) < torch.tensor([[7], [length], [0]])
     starts = torch.arange(MASK) % 2 == 0 if whole else None
     draws = [
-        mask_tokens(tokens, valid, share=share, mask_id=MASK, word_starts=starts, generator=generator(seed))
+        mask_tokens(
+            tokens, valid, share=share, mask_id=MASK, marker_id=MARKER, word_starts=starts, generator=generator(seed)
+        )
         for _ in range(2)
     ]
     (inputs, chosen), again = draws

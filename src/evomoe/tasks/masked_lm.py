@@ -28,11 +28,12 @@ from evomoe.tasks.rule_means import RuleMeans, perplexities
 class MaskedLanguageModeling(EvaluatedTask):
     """Trains a :class:`RoBERTa` on the windows of a causal language model, ``{"tokens": (B, S + 1)}``.
 
-    Which tokens are hidden is drawn anew in every step of training, from the random numbers that a resumed run repeats,
-    and alike in every evaluation, on a CPU as on a GPU, by as many processes in batches of the same size. The loss is
-    the mean cross-entropy of the chosen tokens. Evaluations log, under both rules, ``loss``, ``perplexity`` of a chosen
-    token, and ``accuracy``; a test also ``unigram_accuracy``, that of guessing the most frequent token of the training
-    split every time.
+    A marker, the end of a text, takes the place of each window's first token: as in RoBERTa (arXiv 1907.11692), a
+    classifier reads the state there. Markers are never hidden. Which tokens are is drawn anew in every step of
+    training, from the random numbers that a resumed run repeats, and alike in every evaluation, on a CPU as on a GPU,
+    by as many processes in batches of the same size. The loss is the mean cross-entropy of the chosen tokens.
+    Evaluations log, under both rules, ``loss``, ``perplexity`` of a chosen token, and ``accuracy``; a test also
+    ``unigram_accuracy``, that of guessing the most frequent token of the training split every time.
 
     Args:
         model: the network.
@@ -62,6 +63,7 @@ class MaskedLanguageModeling(EvaluatedTask):
         self.share = share
         starts = torch.ones(model.mask_id, dtype=torch.bool) if whole_words else None
         self.register_buffer("word_starts", starts, persistent=False)
+        self.marker_id = -1  # of the tokenizer; known from setup on
         self.most_frequent_id: int | None = None
         self.means = RuleMeans("loss", "accuracy")
         self.unigram = RuleMeans("accuracy")
@@ -71,20 +73,24 @@ class MaskedLanguageModeling(EvaluatedTask):
         return self.model(tokens)[0]
 
     def setup(self, stage: str) -> None:
-        """Take from the data where words begin, and the most frequent one."""
+        """Take from the data the marker, where words begin, and the most frequent one."""
         super().setup(stage)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data.model_sizes()["vocab_size"] != data.vocab_size + 1:
             raise ConfigError(
                 "data.mask_token=false: masked language modelling needs a token to hide words; set it to true"
             )
+        self.marker_id = data.tokenizer.end_of_text_id
         if self.word_starts is not None:
             self.word_starts.copy_(torch.tensor(data.tokenizer.word_starts()))
         if stage == "test":
-            self.most_frequent_id = int(count_ids(data.training_ids(), data.vocab_size).argmax())
+            counts = count_ids(data.training_ids(), data.vocab_size)
+            counts[self.marker_id] = 0  # never asked for
+            self.most_frequent_id = int(counts.argmax())
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """One forward pass; returns the optimized loss, and for the callbacks what was done."""
+        batch = self._begin(batch)
         inputs, chosen = self._mask(batch, None)
         sums, routings = self._guess(batch, inputs, chosen)
         sequences, length = inputs.shape
@@ -103,12 +109,13 @@ class MaskedLanguageModeling(EvaluatedTask):
         """Add loss and accuracy of one batch; a test also counts how often a constant guess is right."""
         # The same masks in every evaluation; other ones in every batch and process. A GPU would draw other ones.
         seed = batch_idx * self.trainer.world_size + self.global_rank
+        batch = self._begin(batch)
         inputs, chosen = self._mask(batch, torch.Generator().manual_seed(seed))
         sums, sparse_sums, final_routings = self.under_both_rules(partial(self._guess, batch, inputs, chosen))
         count = chosen.sum()
         self.means.update(count, sums, sparse_sums)
         if split == "test" and self.most_frequent_id is not None:
-            hits = (batch["tokens"][:, :-1][chosen] == self.most_frequent_id).sum()
+            hits = (batch["tokens"][chosen] == self.most_frequent_id).sum()
             self.unigram.update(count, {"accuracy": hits}, {"accuracy": hits})
         words = Words(inputs, batch.get("valid"))
         return {"final_routings": final_routings, "words": [words] * len(final_routings)}
@@ -121,12 +128,19 @@ class MaskedLanguageModeling(EvaluatedTask):
             results["unigram_accuracy"] = self.unigram.compute()["accuracy"]
         return results
 
+    def _begin(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch without the id after each window, ``(B, S)``, and with a marker as its first token."""
+        tokens = batch["tokens"][:, :-1].clone()
+        tokens[:, 0] = self.marker_id
+        return {**batch, "tokens": tokens}
+
     def _mask(self, batch: dict[str, Tensor], generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         return mask_tokens(
-            batch["tokens"][:, :-1],
+            batch["tokens"],
             batch.get("valid"),
             share=self.share,
             mask_id=self.model.mask_id,
+            marker_id=self.marker_id,
             word_starts=self.word_starts,
             generator=generator,
         )
@@ -135,7 +149,7 @@ class MaskedLanguageModeling(EvaluatedTask):
         self, batch: dict[str, Tensor], inputs: Tensor, chosen: Tensor, final_rule: bool = False
     ) -> tuple[dict[str, Tensor], list[Routing]]:
         """Sums over the chosen tokens, of the loss and of those that the model gets right; and the routings."""
-        targets = batch["tokens"][:, :-1][chosen]  # (n,)
+        targets = batch["tokens"][chosen]  # (n,)
         logits, routings = self.model(inputs, valid=batch.get("valid"), at=chosen, final_rule=final_rule)  # (n, V)
         right = (logits.argmax(dim=-1) == targets).sum()
         return {"loss": F.cross_entropy(logits.float(), targets, reduction="sum"), "accuracy": right}, routings

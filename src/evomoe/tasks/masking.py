@@ -18,6 +18,7 @@ def mask_tokens(
     *,
     share: float,
     mask_id: int,
+    marker_id: int,
     word_starts: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -28,6 +29,7 @@ def mask_tokens(
         valid: ``(B, S)`` bool, False at padding, which is never chosen; None if all are real.
         share: probability of a token, or of a whole word, to be chosen.
         mask_id: what hides a token.
+        marker_id: the token between texts, which is never chosen: it is no word.
         word_starts: ``(V,)`` bool, whether a token begins a word: a word is then chosen with all of its tokens, each of
             which is hidden by a draw of its own. None chooses each token by itself.
         generator: of the draws, which it makes on its own device; None for the global one of the tokens' device.
@@ -43,7 +45,7 @@ def mask_tokens(
         word = word_starts[tokens].long().cumsum(dim=1)  # (B, S), the number of each token's word in its row
         # Word 0 is what goes on from before the row. Where all S tokens begin a word it is empty, and S takes its draw.
         chance = chance.gather(1, word % tokens.shape[1])
-    chosen = chance < share
+    chosen = (chance < share) & (tokens != marker_id)
     if valid is not None:
         chosen = chosen & valid
     any_word = (draws[2] * mask_id).long()

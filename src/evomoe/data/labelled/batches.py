@@ -27,8 +27,7 @@ def join(first: Sequence[int], second: Sequence[int] | None, separator: int, con
     """Return one sequence of token ids of one or two sentences.
 
     As in RoBERTa (arXiv 1907.11692), a marker stands at the beginning, where the state is read, and after each
-    sentence. The end of a text serves as both. Pretraining on many texts knows it as what lies between two of them; to
-    a model pretrained on one long text it is all but new.
+    sentence. The end of a text serves as both; each window of the pretraining begins with it, too.
 
     Args:
         first: Ids of the sentence, or of the first of two.

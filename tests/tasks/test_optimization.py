@@ -83,6 +83,11 @@ def test_warm_up_in_steps_then_cosine():
     assert rates[7] == pytest.approx(0.6)  # half of the way
 
 
+def test_linear_decay_to_a_share_of_the_peak():
+    rates = learning_rates(Optimization(learning_rate=2.0, decay="linear", min_ratio=0.5, warmup=2), 6, 8)
+    assert rates[2:] == pytest.approx([2.0, 1.75, 1.5, 1.25, 1.0, 1.0])
+
+
 def test_decay_by_the_inverse_square_root_of_the_step():
     optimization = Optimization(learning_rate=1.0, decay="inverse_sqrt", warmup=3)
     rates = learning_rates(optimization, total=100, steps=16)
@@ -108,7 +113,10 @@ def test_no_warm_up():
     [
         ({"learning_rate": 0.0}, "learning_rate=0.0: expected a value above 0"),
         ({"learning_rate": math.nan}, "learning_rate=nan"),
-        ({"decay": "linear"}, "decay='linear' of the learning rate is unknown: expected cosine or inverse_sqrt"),
+        (
+            {"decay": "exponential"},
+            "decay='exponential' of the learning rate is unknown: expected one of cosine, linear, inverse_sqrt",
+        ),
         ({"min_ratio": 1.5}, r"min_ratio=1.5: expected a share of the peak learning rate in \[0, 1\]"),
         ({"warmup": -1}, "warmup=-1: expected steps >= 0"),
         ({"warmup": 1.5}, "warmup=1.5: expected steps >= 0, or a share"),

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from evomoe.errors import ConfigError
 from evomoe.moe import MoELayer
 
-DECAYS = ("cosine", "inverse_sqrt")
+DECAYS = ("cosine", "linear", "inverse_sqrt")
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Optimization:
 
     Args:
         learning_rate: peak.
-        decay: ``cosine``, to ``min_ratio`` at the end of the run, or ``inverse_sqrt`` of the step (arXiv 1706.03762).
+        decay: ``cosine`` or ``linear`` (as RoBERTa, arXiv 1907.11692), to ``min_ratio`` at the end of the run, or
+            ``inverse_sqrt`` of the step (arXiv 1706.03762).
         min_ratio: final learning rate as a share of the peak; unused with ``inverse_sqrt``.
         warmup: optimizer steps (int) or share of the run (float in [0, 1]) of the linear warm-up.
         weight_decay: decoupled; not applied to norms, biases and routers.
@@ -43,7 +44,9 @@ class Optimization:
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate={self.learning_rate}: expected a value above 0")
         if self.decay not in DECAYS:
-            raise ConfigError(f"decay={self.decay!r} of the learning rate is unknown: expected {' or '.join(DECAYS)}")
+            raise ConfigError(
+                f"decay={self.decay!r} of the learning rate is unknown: expected one of {', '.join(DECAYS)}"
+            )
         if not 0 <= self.min_ratio <= 1:
             raise ConfigError(f"min_ratio={self.min_ratio}: expected a share of the peak learning rate in [0, 1]")
         if self.warmup < 0 or (isinstance(self.warmup, float) and self.warmup > 1):
@@ -67,7 +70,8 @@ class Optimization:
             if self.decay == "inverse_sqrt":
                 return math.sqrt((warmup + 1) / (step + 1))
             progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-            return self.min_ratio + (1 - self.min_ratio) * (1 + math.cos(math.pi * progress)) / 2
+            share = 1 - progress if self.decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
+            return self.min_ratio + (1 - self.min_ratio) * share
 
         return LambdaLR(optimizer, factor)
 

@@ -175,6 +175,16 @@ def test_the_test_and_causality_are_written_too(run):
     assert run.written["causal_in_train"] is True
 
 
+def test_only_a_causal_block_can_show_the_future(tmp_path):
+    for causal in (True, False):
+        layer = SimpleNamespace(router=SimpleNamespace(causal_in_train=False))
+        block = SimpleNamespace(attention=SimpleNamespace(causal=causal))
+        network = SimpleNamespace(named_blocks={"block_1": block}, moe_layers={"block_1": layer})
+        trainer = SimpleNamespace(is_global_zero=True, datamodule=None, global_step=0, default_root_dir=tmp_path)
+        History().on_fit_end(trainer, SimpleNamespace(model=network))
+        assert read(tmp_path)["causal_in_train"] is not causal
+
+
 def test_the_last_checkpoint_holds_the_last_row(run):
     callbacks = load(run.folder)["callbacks"]
     assert callbacks["History"]["rows"] == run.written["rows"]

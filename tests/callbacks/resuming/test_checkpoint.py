@@ -199,6 +199,15 @@ def test_the_configuration_travels_with_the_weights(tmp_path):
     assert checkpoint["evomoe"] == {"version": evomoe.__version__, "config": config}
 
 
+@pytest.mark.parametrize(
+    ("monitor", "mode"),
+    [("val/loss_sparse", "min"), ("val/perplexity", "min"), ("val/bleu", "max"), ("val/accuracy", "max")],
+)
+def test_the_name_of_a_metric_says_what_is_better(tmp_path, monitor, mode):
+    assert SafeCheckpoint(tmp_path, monitor=monitor).mode == mode
+    assert SafeCheckpoint(tmp_path, monitor=monitor, mode="min").mode == "min"
+
+
 # How a run goes on
 
 SETTINGS = {

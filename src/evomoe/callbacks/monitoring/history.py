@@ -20,7 +20,6 @@ from torch import Tensor
 from evomoe.models.flops import Work
 from evomoe.routing import Routing, SparseRouting
 from evomoe.routing.metrics import load_max_violation
-from evomoe.run_length import is_last_step
 
 HISTORY_FILE = "history.json"
 LOSSES = {"val_loss": "val/loss", "val_loss_sparse": "val/loss_sparse"}
@@ -131,9 +130,7 @@ class History(L.Callback):
 
     The rows travel in the checkpoint: but for the times, a resumed run has those of one that was never stopped. When
     the fit ends they are written to ``history.json`` in the trainer's root folder, and once more with the metrics of a
-    test; with ``steps``, the length of the run, and ``data``, the fingerprint of its data. The last weights are
-    validated whether or not ``val_check_interval`` meets the end of the run; only a ``check_val_every_n_epoch`` that
-    leaves out the last epoch keeps them from it.
+    test; with ``steps``, the length of the run, and ``data``, the fingerprint of its data.
     """
 
     def __init__(self) -> None:
@@ -159,7 +156,7 @@ class History(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Charge one batch, and ask for a validation after the last one."""
+        """Charge one batch."""
         work: Work = outputs["work"]
         # First of all: a count on a GPU is waited for, and so is the optimizer step, which the clocks must see.
         self.spent.tokens += int(work.tokens) * trainer.world_size
@@ -168,8 +165,6 @@ class History(L.Callback):
         self.spent.cpu_seconds += (time.process_time() - cpu) * trainer.world_size
         self.spent.training_flops += work.training_flops * trainer.world_size
         self._routed.add(pl_module.model.moe_layers, outputs["routings"])  # type: ignore[union-attr,arg-type]
-        if is_last_step(trainer):
-            trainer.should_stop = True  # the run is over anyway, and Lightning validates before it obeys
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add a row."""
@@ -188,8 +183,11 @@ class History(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the rows."""
-        layers: Any = pl_module.model.moe_layers  # type: ignore[union-attr]
-        self._causal_in_train = all(layer.router.causal_in_train for layer in layers.values())
+        network: Any = pl_module.model
+        of_causal = [name for name, block in network.named_blocks.items() if block.attention.causal]
+        self._causal_in_train = all(
+            layer.router.causal_in_train for name, layer in network.moe_layers.items() if name in of_causal
+        )
         self._write(trainer, {})
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -19,6 +19,9 @@ from evomoe.errors import ConfigError, EvomoeWarning
 from evomoe.run_length import is_last_step
 from evomoe.signals import StopRequest
 
+FALLING = ("loss", "perplexity")
+"""Words in the names of metrics of which less is better."""
+
 
 class SafeCheckpoint(Checkpoint):
     """Saves checkpoints from which a run goes on bit for bit, and saves before it obeys SIGTERM or Ctrl-C.
@@ -45,7 +48,8 @@ class SafeCheckpoint(Checkpoint):
         every_n_steps: optimizer steps between two saves.
         keep_last: number of newest checkpoints to keep; 2 or more leave a whole one if the disk damages the newest.
         monitor: logged metric that decides which checkpoint is the best.
-        mode: ``"min"`` or ``"max"``: whether less or more of it is better.
+        mode: ``"min"`` or ``"max"``: whether less or more of it is better. None for ``"min"`` of a loss or a
+            perplexity and ``"max"`` of anything else, such as BLEU or an accuracy.
         config: the run's configuration in plain values, stored under ``checkpoint["evomoe"]["config"]``.
 
     Raises:
@@ -59,15 +63,17 @@ class SafeCheckpoint(Checkpoint):
         every_n_steps: int = 1000,
         keep_last: int = 2,
         monitor: str = "val/loss",
-        mode: str = "min",
+        mode: str | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
         if every_n_steps < 1:
             raise ConfigError(f"every_n_steps={every_n_steps} must be at least 1 optimizer step between two saves")
         if keep_last < 1:
             raise ConfigError(f"keep_last={keep_last} must be at least 1, or there is nothing to resume from")
+        if mode is None:
+            mode = "min" if any(word in monitor for word in FALLING) else "max"
         if mode not in ("min", "max"):
-            raise ConfigError(f"mode={mode!r} must be 'min' or 'max'")
+            raise ConfigError(f"mode={mode!r} must be 'min', 'max' or null")
         self.run_dir = Path(run_dir)
         self.every_n_steps = every_n_steps
         self.keep_last = keep_last

@@ -42,6 +42,14 @@ def test_idx_files_are_read_as_they_were_written(tmp_path, ending):
         assert np.array_equal(split.images[:, 0, 0, 0], split.labels)
 
 
+def test_idx_files_without_an_image_are_refused(tmp_path):
+    write_mnist(tmp_path, "")
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 8]))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 0]))
+    with pytest.raises(ConfigError, match="^the train split has no image"):
+        IdxFiles(tmp_path).load()
+
+
 def damage(content: bytes, how: str) -> bytes:
     return {
         "truncated": content[:-3],
@@ -157,6 +165,31 @@ def test_an_npz_file_of_something_else_is_refused(tmp_path, changed, message):
     with pytest.raises(ConfigError, match=message) as caught:
         Cifar(tmp_path / "set.npz").load()
     assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_npz_file_is_named(tmp_path):
+    path, drawn = tmp_path / "set.npz", draw(12)
+    np.savez_compressed(path, x_train=drawn.images, y_train=drawn.labels, x_test=drawn.images, y_test=drawn.labels)
+    whole, generator = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(200):
+        content = bytearray(whole)
+        for place in generator.integers(0, len(whole), 8):
+            content[place] = int(generator.integers(256))
+        path.write_bytes(content)
+        try:
+            Cifar(path, holdout=0.25).load()
+        except ConfigError:
+            refused += 1
+    assert refused > 100
+    for content in (b"", np.lib.format.magic(1, 0)):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"set.npz cannot be read"):
+            Cifar(path).load()
+    np.save(tmp_path / "array.npy", drawn.images)
+    (tmp_path / "array.npy").rename(path)
+    with pytest.raises(ConfigError, match=r"set.npz cannot be read"):
+        Cifar(path).load()
 
 
 def test_no_code_is_unpickled_from_an_npz_file(tmp_path):

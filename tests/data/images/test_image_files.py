@@ -56,6 +56,38 @@ def test_a_file_that_is_no_image_is_named(folder):
     assert len(ImageFolder(folder, holdout=0.25).load().splits["test"]) == 6
 
 
+def test_pixels_of_more_than_eight_bits_are_refused(folder):
+    path = folder / "train" / "cat" / "deep.png"
+    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(path)
+    with pytest.raises(ConfigError, match=r"deep.png has pixels of more than 8 bits \(mode I;16\): convert it to 8"):
+        ImageFolder(folder).load()
+    path.unlink()
+    path = path.with_suffix(".tiff")
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(path)
+    with pytest.raises(ConfigError, match=r"deep.tiff has pixels of more than 8 bits \(mode F\)"):
+        ImageFolder(folder).load()
+
+
+def test_an_image_stands_as_the_camera_was_held(tmp_path):
+    pixels = np.zeros((2, 3, 3), dtype=np.uint8)
+    pixels[0, 0] = 255  # the corner at the upper left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    decoded = Decoder(None, 3).decode(tmp_path / "turned.png", "turned")
+    assert decoded.shape == (3, 3, 2)
+    assert decoded[:, 0, 1].tolist() == [255, 255, 255]
+
+
+def test_a_folder_that_is_no_class(folder):
+    for name in (".ipynb_checkpoints", "__pycache__"):
+        (folder / "train" / name).mkdir()
+    assert ImageFolder(folder, holdout=0.25).load().classes == NAMES
+    (folder / "train" / "fox").mkdir()
+    with pytest.raises(ConfigError, match="^the class 'fox' has no training image: add some to .*fox, or delete it"):
+        ImageFolder(folder).load()
+
+
 def test_what_is_missing_is_named(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"data.path=.*nowhere does not exist"):
         ImageFolder(tmp_path / "nowhere")

@@ -21,6 +21,19 @@ IDX_IMAGES, IDX_LABELS = 0x0803, 0x0801
 
 CIFAR_PIXELS = 3 * 32 * 32
 
+UNREADABLE = (
+    OSError,
+    EOFError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What NumPy raises for a file that is no `.npz`, or a damaged one."""
+
 
 class Digits(ImageSource):
     """The 1797 handwritten digits of 8 x 8 pixels that scikit-learn contains (UCI, test part of *Optical recognition of
@@ -171,7 +184,7 @@ class Cifar(ImageSource):
         try:
             with np.load(self._path, allow_pickle=False) as arrays:
                 images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"].reshape(-1)
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             reason = str(error).strip("'").partition("\n")[0]
             raise ConfigError(
                 f"{self._path} cannot be read ({reason}): expected the arrays x_train, y_train, x_test and y_test"

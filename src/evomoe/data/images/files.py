@@ -44,7 +44,7 @@ class ImageFolder(ImageSource):
 
     def load(self) -> ImageSet:
         """Decode all images."""
-        classes = sorted(path.name for path in self._folder("train").iterdir() if path.is_dir())
+        classes = [folder.name for folder in self._class_folders("train")]
         val = self._read("val", classes) if (self._path / "val").is_dir() else None
         return with_validation(self._read("train", classes), self._read("test", classes), classes, self._holdout, val)
 
@@ -54,15 +54,25 @@ class ImageFolder(ImageSource):
             raise ConfigError(f"there is no folder {folder}: expected data.path={self._path} to hold train and test")
         return folder
 
+    def _class_folders(self, split: str) -> list[Path]:
+        """The folders of the classes, without those that tools leave behind, such as `.ipynb_checkpoints`."""
+        folders = (path for path in self._folder(split).iterdir() if path.is_dir())
+        return sorted(path for path in folders if not path.name.startswith((".", "__")))
+
     def _read(self, split: str, classes: list[str]) -> LabelledImages:
         images, labels = [], []
-        for folder in sorted(path for path in self._folder(split).iterdir() if path.is_dir()):
+        for folder in self._class_folders(split):
             if folder.name not in classes:
                 raise ConfigError(
                     f"the class {folder.name!r} of the {split} split has no training image: add some, or leave the "
                     "class out"
                 )
-            for file in sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES):
+            files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+            if split == "train" and not files:
+                raise ConfigError(
+                    f"the class {folder.name!r} has no training image: add some to {folder}, or delete it"
+                )
+            for file in files:
                 images.append(self._decoder.decode(file, str(file)))
                 labels.append(classes.index(folder.name))
         if not images:
@@ -178,6 +188,9 @@ class Decoder:
         if channels not in (1, 3):
             raise ConfigError(f"data.channels={channels}: expected 3 for colours or 1 for grey")
         self._pillow = _load_pillow()
+        from PIL.ImageOps import exif_transpose  # cameras write how they were held
+
+        self._upright = exif_transpose
         self.options = {"image_size": image_size, "channels": channels}
         self._image_size = image_size
         self._mode = "RGB" if channels == 3 else "L"
@@ -195,10 +208,13 @@ class Decoder:
         """
         try:
             with self._pillow.open(source if isinstance(source, Path) else BytesIO(source)) as opened:
-                image = opened.convert(self._mode)
+                kind = opened.mode
+                image = self._upright(opened).convert(self._mode)
         except (OSError, ValueError, SyntaxError, self._pillow.DecompressionBombError) as error:
             reason = "" if isinstance(error, self._pillow.UnidentifiedImageError) else f" ({first_line(error)})"
             raise ConfigError(f"{name} is no image that can be read{reason}: replace or delete it") from None
+        if kind.startswith(("I", "F")):  # which Pillow would clip to 255
+            raise ConfigError(f"{name} has pixels of more than 8 bits (mode {kind}): convert it to 8 bits a channel")
         if self._image_size is not None:
             image = self._resize(image, self._image_size)
         pixels = np.asarray(image)

@@ -147,7 +147,8 @@ def hold_out(labels: np.ndarray, shares: dict[str, float], seed: int = HOLDOUT_S
         for name, start, end in zip(shares, ends[:-1], ends[1:], strict=True):
             parts[name].append(members[start:end])
         parts["train"].append(members[ends[-1] :])
-    return {name: np.sort(np.concatenate(members)) for name, members in parts.items()}
+    empty = np.empty(0, dtype=np.int64)  # of a split without images, which is refused where its name is known
+    return {name: np.sort(np.concatenate([empty, *members])) for name, members in parts.items()}
 
 
 def with_validation(

@@ -36,11 +36,11 @@ def test_no_more_candidates_than_words():
 @pytest.mark.parametrize(
     ("sequence", "candidates", "message"),
     [
-        ([1, 2], 3, "prompt holds no <mask>"),
+        ([1, 2], 3, "prompt 2 holds no <mask>"),
         ([10], 0, "candidates=0: expected at least 1"),
-        ([10] * 7, 1, "sequence of 7 tokens"),
+        ([10] * 7, 1, "prompt 2 has 7 tokens, and the model reads 6: shorten it"),
     ],
 )
 def test_what_cannot_be_filled_is_refused(sequence, candidates, message):
     with pytest.raises(ConfigError, match=message):
-        fill(build(), [sequence], candidates)
+        fill(build(), [[10], sequence], candidates)

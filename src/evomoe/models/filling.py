@@ -30,8 +30,13 @@ def fill(model: RoBERTa, sequences: Sequence[Sequence[int]], candidates: int) ->
     """
     if candidates < 1:
         raise ConfigError(f"candidates={candidates}: expected at least 1")
-    if not all(model.mask_id in sequence for sequence in sequences):
-        raise ConfigError("prompt holds no <mask>: expected one where a word is to be guessed")
+    for number, sequence in enumerate(sequences, start=1):
+        if model.mask_id not in sequence:
+            raise ConfigError(f"prompt {number} holds no <mask>: expected one where a word is to be guessed")
+        if len(sequence) > model.context:
+            raise ConfigError(
+                f"prompt {number} has {len(sequence)} tokens, and the model reads {model.context}: shorten it"
+            )
     filled = []
     with evaluating(model):
         for sequence in sequences:

@@ -14,11 +14,12 @@ import torch
 from helpers.programs import PLAIN, KeepLosses, compose, equal, load, timeless
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from evomoe import run, writing
+from evomoe import run
 from evomoe.callbacks import Evolution, HeldEvolution
 from evomoe.checkpointing import list_checkpoints, newest_checkpoint
 from evomoe.cli import quote_text
 from evomoe.errors import ConfigError
+from evomoe.prediction import predict
 from evomoe.pretrained import find_pretrained
 from evomoe.restoring import restore
 
@@ -311,10 +312,10 @@ def test_a_run_from_scratch_does_not_go_on_from_a_pretrained_one(fine_tune, pret
 
 
 def classify(folder: Path, *overrides: str) -> list[str]:
-    return writing.write(compose(f"ckpt_path={folder}", *overrides, config="generate"))
+    return predict(compose(f"ckpt_path={folder}", *overrides, config="generate"))
 
 
-def test_sentences_are_classified(fine_tune, pretrained, tmp_path, capsys):
+def test_sentences_are_classified(fine_tune, pretrained, tmp_path, capsys, monkeypatch):
     objects = fine_tune(f"init_from={pretrained.folder}")
     batch = next(iter(objects.data.test_dataloader()))
     shares = restore(str(tmp_path / "fine_tuned")).task(batch["tokens"], batch["valid"]).softmax(dim=1)
@@ -323,6 +324,7 @@ def test_sentences_are_classified(fine_tune, pretrained, tmp_path, capsys):
         for row, valid in zip(batch["tokens"], batch["valid"], strict=True)
     ]
     capsys.readouterr()
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # a terminal, for rich
     quoted = ",".join(QuotedString(text, Quote.single).with_quotes() for text in texts)  # also with a backslash
     answers = classify(tmp_path / "fine_tuned", f"prompt=[{quoted}]")
     assert answers == [objects.data.classes[index] for index in shares.argmax(dim=1)]
@@ -345,12 +347,13 @@ def test_sentences_are_classified(fine_tune, pretrained, tmp_path, capsys):
             classify(tmp_path / "fine_tuned", *overrides)
 
 
-def test_a_pair_is_rated(train, tmp_path, capsys):
+def test_a_pair_is_rated(train, tmp_path, capsys, monkeypatch):
     rows = [f"first {number}\tsecond {number % 7}\t{number % 5 / 2}" for number in range(80)]
     (tmp_path / "pairs.tsv").write_text("\n".join(["sentence1\tsentence2\tscore", *rows]) + "\n")
     data = [f"data.train={tmp_path / 'pairs.tsv'}", "data.regression=true", "task.metrics=[pearson,spearman]"]
     values, _ = train(tmp_path / "run", *PLAIN[:2], *SHORT, *data, experiment="glue_switch")
     assert {"val/pearson", "test/spearman_sparse"} <= values.keys()
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # a terminal, for rich
     (answer,) = classify(tmp_path / "run", "prompt=one", "second=two")
     assert f"one\ntwo\n{float(answer):.4g}\n" in capsys.readouterr().out
     for overrides, message in [

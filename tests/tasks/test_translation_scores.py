@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,19 @@ def scores(sentences: list[TranslatedSentence]) -> TranslationScores:
     for sentence in sentences:
         found.add(sentence)
     return found
+
+
+@pytest.mark.parametrize(
+    ("reference", "tokenizer", "warns"),
+    [("今日は天気が良い", "13a", True), ("今日は天気が良い", "char", False), ("one 今 two", "13a", False)],
+)
+def test_bleu_of_a_language_without_blanks_is_warned_of(reference, tokenizer, warns):
+    found = TranslationScores(tokenizer)
+    found.add(TranslatedSentence(0, "a", reference, reference, reference))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found.compute()
+    assert [f"task.bleu_tokenizer={tokenizer} cuts at blanks" in str(one.message) for one in caught] == [True] * warns
 
 
 def test_hand_typed_bleu() -> None:

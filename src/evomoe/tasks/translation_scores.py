@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import unicodedata
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sacrebleu.metrics import BLEU, CHRF
 from torch import distributed
 
-from evomoe.errors import ConfigError
+from evomoe.errors import ConfigError, EvomoeWarning
+
+UNSEGMENTED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
+"""Scripts without blanks between words, by the beginnings of Unicode's names of their characters."""
+
+CUT_AT_BLANKS = ("13a", "intl", "none")
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class TranslationScores:
             self._bleu = BLEU(tokenize=tokenizer)
         except (ImportError, RuntimeError) as error:
             raise ConfigError(f"task.bleu_tokenizer={tokenizer}: {' '.join(str(error).split())}") from error
+        self._tokenizer = tokenizer
         self._chrf = CHRF()
         self.translations: list[TranslatedSentence] = []
 
@@ -71,6 +80,13 @@ class TranslationScores:
         sparse_hypotheses = [translation.sparse_hypothesis for translation in translations]
         values = self._score(hypotheses, references)
         sparse_values = values if sparse_hypotheses == hypotheses else self._score(sparse_hypotheses, references)
+        if self._tokenizer in CUT_AT_BLANKS and is_unsegmented(references):
+            warnings.warn(
+                f"task.bleu_tokenizer={self._tokenizer} cuts at blanks, which the references hardly have, so their BLEU"
+                " means little: look at chrF, or set task.bleu_tokenizer=char (zh, ja-mecab)",
+                EvomoeWarning,
+                stacklevel=2,
+            )
         return values | {f"{name}_sparse": value for name, value in sparse_values.items()}
 
     @property
@@ -98,3 +114,10 @@ class TranslationScores:
         parts: list[list[TranslatedSentence]] = [[] for _ in range(distributed.get_world_size())]
         distributed.all_gather_object(parts, self.translations)
         return sorted((translation for part in parts for translation in part), key=lambda found: found.index)
+
+
+def is_unsegmented(texts: Iterable[str]) -> bool:
+    """Whether most letters are of a script that puts no blanks between words, such as Chinese, Japanese or Thai."""
+    letters = [character for text in texts for character in text if character.isalpha()]
+    names = (unicodedata.name(letter, "") for letter in letters)
+    return 2 * sum(name.startswith(UNSEGMENTED) for name in names) > len(letters)

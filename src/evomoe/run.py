@@ -23,10 +23,9 @@ from evomoe.callbacks.resuming.epoch_restart import EpochRestart
 from evomoe.checkpointing import VerifiedCheckpointIO, newest_checkpoint
 from evomoe.checks import check_accelerator, check_parts, check_resume, check_share, check_trainer, check_validation
 from evomoe.cli import instantiate
-from evomoe.data.stored import StoredDataModule
 from evomoe.errors import ConfigError
 from evomoe.pretrained import find_pretrained
-from evomoe.restoring import Restored, resolve_checkpoint, restore
+from evomoe.restoring import resolve_checkpoint, restore
 from evomoe.tasks import ImageClassification
 
 NOISE = ("GPU available", "TPU available", "\N{ELECTRIC LIGHT BULB} Tip", "`Trainer.fit` stopped", "`Trainer(limit_")
@@ -150,7 +149,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     check_share("limit_batches", config.limit_batches)
     restored = restore(config.ckpt_path, config.log_dir, shlex.split(config.overrides))
     data = instantiate(restored.config.data)
-    changes = _adapt(data, restored, config.split) if isinstance(data, StoredDataModule) else ""
+    changes = data.adapt_to(restored.data_state, config.split)
     data.prepare_data()
     data.setup()
     data.check_meaning(restored.data_state)
@@ -189,21 +188,3 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         table.add_row(name, f"{value:.4f}")
     Console(markup=False, emoji=False).print(table)
     return values
-
-
-def _adapt(data: StoredDataModule[Any], restored: Restored, split: str) -> str:
-    """Have text that is not the checkpoint's read by the checkpoint's tokenizer; returns in what the text differs.
-
-    Raises:
-        ConfigError: the split is held out of a training text that is another one.
-    """
-    if data.fingerprint == restored.data_state["fingerprint"]:
-        return ""
-    data.adopt_tokenizer(restored.tokenizer)  # also of a run that began with a pretrained model
-    changes = data.changes_since(restored.data_state, apart_from=("tokenizer", "vocab_size"))
-    if changes and split in data.corpus.held_out:
-        raise ConfigError(
-            f"split={split} would be held out of a text that is not the one of the run ({changes}), which may have been"
-            f' trained on all of it: give a file for it, as in overrides="data.{split}=FILE"'
-        )
-    return changes

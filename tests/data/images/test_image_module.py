@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def test_what_the_model_and_the_reader_are_told():
 def test_a_checkpoint_of_other_images_is_refused():
     state = module().state_dict()
     module().load_state_dict(state)
-    message = r"trained on other images \(train 30 -> 33, content \w+ -> \w+\); restore these or start a new run"
+    message = r"trained on other data \(train 30 -> 33, content \w+ -> \w+\); restore these or start a new run"
     with pytest.raises(ConfigError, match=message):
         module(Drawn(train=33)).load_state_dict(state)
 
@@ -121,10 +122,22 @@ class Renamed(Drawn):
 def test_a_checkpoint_is_measured_on_images_of_its_classes_and_scale():
     state = module().state_dict()
     module(Drawn(test=9)).check_meaning(state)
+    older = {name: value for name, value in state.items() if name not in ("mean", "std")}
+    module(Drawn(train=33)).check_meaning(older)
     with pytest.raises(ConfigError, match=r"on other classes \(\['red', .*\]\) than .* \(\['blue', .*; restore the"):
         module(Renamed()).check_meaning(state)
     with pytest.raises(ConfigError, match="on images of another mean of the channels"):
         module(Drawn(train=33)).check_meaning(state)
+
+
+def test_other_images_that_a_checkpoint_is_measured_on_are_named():
+    state = module().state_dict()
+
+    def changes(**counts: int) -> str:
+        return ImageDataModule(Drawn(**counts), batch_size=4).adapt_to(state, "test")
+
+    assert changes() == ""
+    assert re.fullmatch(r"test 7 -> 9, content \w+ -> \w+", changes(test=9))
 
 
 class Constant(Drawn):

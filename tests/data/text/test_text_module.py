@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,7 @@ class TestRestoring:
     def test_long_differences_are_cut(self, tmp_path: Path) -> None:
         data = ready(tmp_path)
         state = {**data.state_dict(), "fingerprint": "other", "identity": {"a": {"b": 1, "c": 2}, "vocab_size": 300}}
-        with pytest.raises(
-            ConfigError, match=r"\(a.b 1 -> None, a.c 2 -> None, corpus None -> text_files and 6 more\)"
-        ):
+        with pytest.raises(ConfigError, match=r"\(a.b 1 -> None, a.c 2 -> None, store_format None -> 1 and 6 more\)"):
             data.load_state_dict(state)
 
     def test_another_tokenizer_of_the_same_data_is_refused(self, tmp_path: Path) -> None:
@@ -113,6 +112,26 @@ class TestRestoring:
         state = {**data.state_dict(), "tokenizer": Tokenizer.train(["other merges"], 300).to_json()}
         with pytest.raises(ConfigError, match="the checkpoint's tokenizer is not the one in"):
             data.load_state_dict(state)
+
+    def test_other_text_is_read_by_the_tokenizer_of_the_checkpoint(self, tmp_path: Path) -> None:
+        state = ready(tmp_path).state_dict()
+        (tmp_path / "other.txt").write_text("quite another text")
+        given = {"context": 8, "batch_size": 4, "cache_dir": tmp_path / "cache"}
+        paths = {**write_corpus(tmp_path / "text"), "test": str(tmp_path / "other.txt")}
+
+        assert data_module(tmp_path).adapt_to(state, "test") == ""
+        assert TextFiles(**write_corpus(tmp_path / "text"), **given, vocab_size=270).adapt_to(state, "test") == ""
+        other = TextFiles(**paths, **given)
+        assert re.fullmatch(r"files.test \['\w+'\] -> \['\w+'\]", other.adapt_to(state, "test"))
+        other.prepare_data()
+        other.setup()
+        other.check_meaning(state)
+        assert other.tokenizer.to_json() == state["tokenizer"]
+
+        held_out = TextFiles(paths["train"], paths["val"], **given)
+        assert held_out.adapt_to(state, "val").startswith("holdout None -> 0.05, files.test ")
+        with pytest.raises(ConfigError, match=r"^split=test would be held out of a text that is not .*=FILE\"$"):
+            held_out.adapt_to(state, "test")
 
 
 def load(config_name: str, **changes: Any) -> Any:

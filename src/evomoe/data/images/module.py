@@ -5,15 +5,14 @@ Shapes: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
-from textwrap import shorten
 from typing import Any
 
 import numpy as np
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from evomoe.data.corpus import fingerprint
+from evomoe.data.datamodule import IdentifiedDataModule
 from evomoe.data.images.arrays import Cifar, Digits, IdxFiles
 from evomoe.data.images.augmentation import Augmentation
 from evomoe.data.images.files import HubImages, ImageFolder
@@ -80,12 +79,12 @@ class ImageSampler(TrainingSampler):
         return [(epoch, index) for index in super().order(epoch)]
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(IdentifiedDataModule):
     """Batches `{"images": (B, C, H, W) float32, "labels": (B,) int64, "valid": (B,) bool}`, for classification.
 
     The images lie in memory as bytes. Each channel is normalised to mean 0 and standard deviation 1 over the training
     split. An image that is not valid is padding, of which a run of several processes may have one each in its last
-    evaluation batch. `prepare_data()` and `setup()` need no Trainer and may be called again at no cost.
+    evaluation batch.
 
     Args:
         source: The images.
@@ -100,6 +99,7 @@ class ImageDataModule(LightningDataModule):
     """
 
     holds = "images"
+    trained_on = "the training images"
 
     def __init__(
         self,
@@ -111,16 +111,11 @@ class ImageDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if size is not None and size < 1:
-                raise ConfigError(f"data.{name}={size} must be at least 1")
+        super().__init__({"batch_size": batch_size, "eval_batch_size": eval_batch_size}, num_workers, seed)
         self.source = source
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.augmentation = augmentation
-        self.num_workers = num_workers
-        self.seed = seed
         self._images: ImageSet | None = None
 
     def prepare_data(self) -> None:
@@ -186,10 +181,24 @@ class ImageDataModule(LightningDataModule):
         counts = {split: len(images) for split, images in self.images.splits.items()}
         return {**self.source.identity(), **counts, "classes": len(self.classes), "content": self.images.digest()}
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits that name the images."""
-        return fingerprint(self.identity)
+    def meaning(self) -> dict[str, Any]:
+        """Return the names of the classes, and mean and deviation of the channels, by which they are normalised."""
+        return {"classes": self.classes, "mean": self.mean.tolist(), "std": self.std.tolist()}
+
+    def adapt_to(self, state_dict: Mapping[str, Any], split: str) -> str:  # noqa: ARG002
+        """Read the images, as what they are decides about their scale.
+
+        Args:
+            state_dict: What `state_dict` returned for the checkpoint.
+            split: What will be measured. One held out of other training images needs no refusal of its own, as those
+                have another mean.
+
+        Returns:
+            In what the images differ from those of the checkpoint; empty if in nothing.
+        """
+        self.prepare_data()
+        self.setup()
+        return self.changes_since(state_dict)
 
     def model_sizes(self) -> dict[str, int]:
         """Return the arguments of a model that the data decide."""
@@ -205,50 +214,15 @@ class ImageDataModule(LightningDataModule):
             f"{len(self.classes)} classes ({self.fingerprint})"
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what the images are, the names of their classes, and their mean and deviation, as plain values."""
-        return {
-            "fingerprint": self.fingerprint,
-            "identity": self.identity,
-            "classes": self.classes,
-            "mean": self.mean.tolist(),
-            "std": self.std.tolist(),
-        }
-
-    def check_meaning(self, state_dict: dict[str, Any]) -> None:
-        """Check that a checkpoint can be measured on these images, which may be others than those it is of.
-
-        Args:
-            state_dict: What `state_dict` returned for the checkpoint.
-
-        Raises:
-            ConfigError: Classes have other numbers, or channels are normalised in another way.
-        """
-        there, here = state_dict["classes"], self.classes
-        if there != here:
-            raise ConfigError(
-                f"the checkpoint was trained on other classes ({shorten(str(there), 200)}) than these images have "
-                f"({shorten(str(here), 200)}); restore the training images"
-            )
-        for name, value in (("mean", self.mean), ("std", self.std)):
-            if not np.allclose(state_dict.get(name, value), value):  # older checkpoints do not say
-                raise ConfigError(
-                    f"the checkpoint was trained on images of another {name} of the channels ({state_dict[name]}) than "
-                    f"these ({value.tolist()}), by which they are normalised; restore the training images"
-                )
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that a checkpoint belongs to these images.
-
-        Raises:
-            ConfigError: It was trained on others.
-        """
-        if state_dict["fingerprint"] == self.fingerprint:
-            return
-        there, here = state_dict["identity"], self.identity
-        names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-        changes = ", ".join(f"{name} {there.get(name)} -> {here.get(name)}" for name in names)
-        raise ConfigError(f"the checkpoint was trained on other images ({changes}); restore these or start a new run")
+    def _difference(self, name: str, there: Any, here: Any) -> str | None:
+        if name not in ("mean", "std"):
+            return super()._difference(name, there, here)
+        if np.allclose(there, here):
+            return None
+        return (
+            f"the checkpoint was trained on images of another {name} of the channels ({there}) than these ({here}), by "
+            f"which they are normalised; restore {self.trained_on}"
+        )
 
     def dataset(self, split: str) -> ImageDataset:
         """Return the images of a split as they are evaluated: normalised, not augmented."""

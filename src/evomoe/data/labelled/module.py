@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from evomoe.data.datamodule import StoredDataModule
 from evomoe.data.labelled.batches import LabelledSequences, Padding, sequence_lengths
 from evomoe.data.labelled.corpus import ColumnChoice, LabelledCorpus
 from evomoe.data.labelled.embedded import PACKAGES, DocstringOrigin
@@ -23,7 +24,6 @@ from evomoe.data.sampling import (
     rank_and_world_size,
     training_loader,
 )
-from evomoe.data.stored import StoredDataModule
 from evomoe.errors import ConfigError
 
 TOO_LONG = ("truncate", "drop")

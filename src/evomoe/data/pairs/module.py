@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
+from evomoe.data.datamodule import StoredDataModule
 from evomoe.data.pairs.batches import BatchList, BucketSampler, PairBatches, evaluation_batches, sample_batches
 from evomoe.data.pairs.cldr import LocalePairs
 from evomoe.data.pairs.corpus import HubPairs, PairCorpus, ParallelFiles
 from evomoe.data.pairs.store import PairStore
 from evomoe.data.sampling import Batch, ResumableDataLoader, evaluation_loader, rank_and_world_size, training_loader
-from evomoe.data.stored import StoredDataModule
 from evomoe.errors import ConfigError
 
 TOO_LONG = ("truncate", "drop")

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
+from evomoe.data.datamodule import StoredDataModule
 from evomoe.data.sampling import Batch, ResumableDataLoader, rank_and_world_size
-from evomoe.data.stored import StoredDataModule
 from evomoe.data.text.corpus import Corpus
 from evomoe.data.text.embedded import EmbeddedCorpus
 from evomoe.data.text.files import TextFileCorpus

@@ -5,8 +5,9 @@ from itertools import chain, pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.progress import Progress
 
-from evomoe.data.corpus import SPLITS, HoldOut, fingerprint, normalise, text_key, unit_hash
+from evomoe.data.corpus import SPLITS, HoldOut, fingerprint, normalise, text_key, track, unit_hash
 from evomoe.data.text.corpus import BLOCK_CHARACTERS, LONGEST_LINE, Piece, blocks, select
 from evomoe.errors import ConfigError
 
@@ -29,6 +30,20 @@ def test_unit_hash_is_even() -> None:
 def test_white_space_does_not_make_another_text() -> None:
     assert normalise("  One\n\ttwo ") == "One two"
     assert text_key("One two") == text_key("One\n\n  two\t") != text_key("Onetwo")
+
+
+@pytest.mark.parametrize("total", [3, None])
+def test_a_bar_goes_when_its_items_end_or_are_left(total: int | None) -> None:
+    with Progress(disable=True) as progress:
+        items = track(progress, "abc", total, "reading")
+        assert next(items) == "a"
+        assert next(items) == "b"
+        (task,) = progress.tasks
+        assert (task.description, task.completed, task.total) == ("reading", 1, total)
+        items.close()  # as an error in the loop over it does
+        assert progress.tasks == []
+        assert "".join(track(progress, "abc", total, "reading")) == "abc"
+        assert progress.tasks == []
 
 
 @given(st.lists(st.text(max_size=300).map(lambda line: line + "\n"), max_size=80))

@@ -48,8 +48,15 @@ def text_key(text: str) -> bytes:
     return hashlib.blake2b(normalise(text).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def track(progress: Progress, items: Iterable[Item], total: int, description: str) -> Iterator[Item]:
-    """Yield the items under a bar of their own, which goes when they end or are left."""
+def track(progress: Progress, items: Iterable[Item], total: int | None, description: str) -> Iterator[Item]:
+    """Yield the items under a bar of their own, which goes when they end or are left.
+
+    Args:
+        progress: Where the bar is shown.
+        items: What is counted.
+        total: How many there are; None if nobody knows.
+        description: Stands before the bar.
+    """
     task = progress.add_task(description, total=total)
     try:
         for item in items:
@@ -161,7 +168,7 @@ class ItemCorpus(SplitCorpus, Generic[Item]):
         """Read a split from its start, blank texts included."""
 
     @abstractmethod
-    def _texts(self, item: Item) -> Iterable[str]:
+    def texts(self, item: Item) -> Iterable[str]:
         """Return the texts of an item."""
 
     def items(self, split: str, progress: Progress) -> Iterator[Item]:
@@ -173,7 +180,7 @@ class ItemCorpus(SplitCorpus, Generic[Item]):
         """
         self._blank[split] = 0
         for item in self._read(split, progress):
-            if all(text.strip() for text in self._texts(item)):
+            if all(text.strip() for text in self.texts(item)):
                 yield item
             else:
                 self._blank[split] += 1

@@ -48,7 +48,7 @@ def test_every_text_comes_back_whatever_its_characters(
 
 
 def test_the_tokenizer_learns_from_pairs_of_the_whole_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evomoe.data.pairs.store.Sample", lambda: Sample(limit=2000))
+    monkeypatch.setattr("evomoe.data.two_sided.Sample", lambda: Sample(limit=2000))
     pairs = [Pair(f"red {number}", "rot") for number in range(500)] + [Pair("green", "gruen")] * 500
     store = PairStore(PairStore.build(Given(pairs), 300, tmp_path))
     lengths = {word: len(store.tokenizer.encode(word)) for word in ("red", "rot", "green", "gruen")}

@@ -103,7 +103,8 @@ class LabelledCorpus(ItemCorpus[Row]):
     contents = "labelled sentence"
     remedy = "give data with some"
 
-    def _texts(self, item: Row) -> Iterable[str]:
+    def texts(self, item: Row) -> Iterable[str]:
+        """Return one sentence or two."""
         return [item.first] if item.second is None else [item.first, item.second]
 
     def classes(self) -> list[str] | None:

@@ -18,7 +18,6 @@ from evomoe.errors import ConfigError
 
 BAD_LINES = ("refuse", "drop")
 _SUFFIXES = (".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz")
-_REPORT_EVERY = 1000  # lines between two movements of a bar
 
 
 class LabelledFiles(LabelledCorpus):
@@ -91,18 +90,14 @@ class LabelledFiles(LabelledCorpus):
         file = self._files[split]
         self._bad_lines[split] = 0
         records = self._json(split) if ".jsonl" in file.suffixes else self._fields(split)
-        task = progress.add_task(f"reading {split}", total=None)
         names = None
-        for count, (number, record) in enumerate(records):
+        for number, record in track(progress, records, None, f"reading {split}"):
             place = f"{file}, line {number}"
             if names is None or ".jsonl" in file.suffixes:
                 where = place if ".jsonl" in file.suffixes else str(file)
                 names = self._columns.resolve(record, f"data.{split}: {where}")
             second = None if names.second is None else _text(record, names.second, place)
             yield Row(_text(record, names.first, place), second, _text(record, names.label, place), place)
-            if count % _REPORT_EVERY == 0:
-                progress.update(task, completed=count)
-        progress.remove_task(task)
 
     def _fields(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield the number of each line of a table and its fields by column."""

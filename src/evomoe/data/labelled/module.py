@@ -24,9 +24,9 @@ from evomoe.data.sampling import (
     rank_and_world_size,
     training_loader,
 )
+from evomoe.data.two_sided import LengthLimit
 from evomoe.errors import ConfigError
 
-TOO_LONG = ("truncate", "drop")
 SHORTEST_CONTEXT = 5  # two sentences of a token each, and their markers
 
 
@@ -71,13 +71,10 @@ class LabelledDataModule(StoredDataModule[LabelledStore]):
         super().__init__(corpus, cache_dir, vocab_size, sizes, num_workers, seed)
         if context < SHORTEST_CONTEXT:
             raise ConfigError(f"data.context={context} must be at least {SHORTEST_CONTEXT}: a marker, and a few tokens")
-        if too_long not in TOO_LONG:
-            raise ConfigError(f"data.too_long={too_long} is unknown; use data.too_long=truncate or data.too_long=drop")
-        self.context = context
+        self.limit = LengthLimit(context, too_long)
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.regression = regression
-        self.too_long = too_long
 
     @property
     def _store_options(self) -> dict[str, Any]:
@@ -109,10 +106,7 @@ class LabelledDataModule(StoredDataModule[LabelledStore]):
         counts = ", ".join(f"{split} {len(rows):,}" for split, rows in self.store.rows.items())
         kind = "rated by a number" if self.classes is None else f"in {len(self.classes)} classes"
         notes = "".join(f", {count:,} {name}" for name, count in self.store.notes.items())
-        for split in self.store.rows:
-            if count := int((self._lengths(split) > self.context).sum()):
-                fate = "left out" if split == "train" and self.too_long == "drop" else "cut"
-                notes += f", {count:,} of {split} longer than data.context={self.context}: {fate}"
+        notes += self.limit.describe({split: self._lengths(split) for split in self.store.rows})
         things = "pairs of sentences" if self.store.pairs else "sentences"
         name = self.store.identity["corpus"]
         return f"{name}: {counts} {things} {kind}; vocabulary {self.vocab_size:,}{notes} ({self.fingerprint})"
@@ -123,18 +117,11 @@ class LabelledDataModule(StoredDataModule[LabelledStore]):
 
     def train_dataloader(self) -> ResumableDataLoader:
         """Return the shuffled training batches, whose position Lightning saves and restores."""
-        indices = None
-        if self.too_long == "drop":
-            indices = np.flatnonzero(self._lengths("train") <= self.context)
-            if len(indices) == 0:
-                raise ConfigError(
-                    f"data.too_long=drop leaves no training row: all are longer than data.context={self.context}"
-                )
-        sequences = self._sequences("train", indices)
+        sequences = self._sequences("train", self.limit.trained(self._lengths("train"), "row"))
         identity = {
             "data fingerprint": self.fingerprint,
-            "data.context": self.context,
-            "data.too_long": self.too_long,
+            "data.context": self.limit.context,
+            "data.too_long": self.limit.too_long,
             "data.batch_size": self.batch_size,
         }
         rank, world_size = rank_and_world_size()
@@ -157,7 +144,7 @@ class LabelledDataModule(StoredDataModule[LabelledStore]):
 
     def _sequences(self, split: str, indices: np.ndarray | None = None) -> LabelledSequences:
         rows, separator = self.store.rows[split], self.tokenizer.end_of_text_id
-        return LabelledSequences(rows, self.store.pairs, separator, self.context, indices)
+        return LabelledSequences(rows, self.store.pairs, separator, self.limit.context, indices)
 
     def _lengths(self, split: str) -> np.ndarray:
         return sequence_lengths(self.store.rows[split], self.store.pairs)

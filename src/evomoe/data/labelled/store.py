@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,9 +22,9 @@ from evomoe.data.encoding import id_dtype
 from evomoe.data.labelled.corpus import LabelledCorpus, Row
 from evomoe.data.store import Store
 from evomoe.data.tokenizer import Tokenizer
+from evomoe.data.two_sided import both_sides, encode, side_lengths, train_tokenizer
 from evomoe.errors import ConfigError
 
-_ROWS_AT_ONCE = 10_000  # that are encoded at once
 _MOST_CLASSES = 1000
 
 
@@ -48,13 +47,12 @@ class EncodedRows:
 
     def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
         """Return the ids of the first and of the second sentence of a row."""
-        start = self.ends[index - 1, 1] if index else 0
-        middle, end = self.ends[index]
-        return self.ids[start:middle].tolist(), self.ids[middle:end].tolist()
+        first, second = both_sides(self.ids, self.ends, index)
+        return first.tolist(), second.tolist()
 
     def lengths(self) -> np.ndarray:
         """Return the numbers of ids of both sentences of each row, ``(N, 2)``."""
-        return np.diff(self.ends.reshape(-1), prepend=0).reshape(-1, 2)
+        return side_lengths(self.ends)
 
 
 class LabelledStore(Store):
@@ -90,8 +88,7 @@ class LabelledStore(Store):
         regression: bool = False,
     ) -> tuple[Tokenizer, dict[str, Any]]:
         if tokenizer is None:
-            rows = corpus.items("train", progress)
-            tokenizer = Tokenizer.train((text for row in rows for text in (row.first, row.second) if text), vocab_size)
+            tokenizer = train_tokenizer(corpus, vocab_size, progress)
         classes = None if regression else _classes(corpus, progress)
         pairs = {}
         for split in SPLITS:
@@ -136,15 +133,16 @@ def _classes(corpus: LabelledCorpus, progress: Progress) -> list[str]:
 
 def _encode(rows: Iterator[Row], tokenizer: Tokenizer, classes: list[str] | None) -> EncodedRows:
     numbers = None if classes is None else {name: number for number, name in enumerate(classes)}
-    ids: list[np.ndarray] = [np.zeros(0, id_dtype(tokenizer))]
-    lengths: list[int] = []  # of first, second, first, ...
+    dtype = id_dtype(tokenizer)
+    ids = [np.zeros(0, dtype)]
     labels: list[float] = []
-    while chunk := list(islice(rows, _ROWS_AT_ONCE)):
-        labels += [_label(row, numbers) for row in chunk]
-        encoded = tokenizer.encode_batch([text or "" for row in chunk for text in (row.first, row.second)])
-        lengths += map(len, encoded)
-        ids.append(np.asarray([token for sentence in encoded for token in sentence], dtype=ids[0].dtype))
-    ends = np.cumsum(lengths, dtype=np.int64).reshape(-1, 2)
+
+    def sentences() -> Iterator[tuple[str, str]]:
+        for row in rows:
+            labels.append(_label(row, numbers))
+            yield row.first, row.second or ""
+
+    ends = encode(sentences(), tokenizer, dtype, ids.append)
     return EncodedRows(np.concatenate(ids), ends, np.asarray(labels, np.int64 if numbers else np.float32))
 
 

@@ -15,13 +15,12 @@ import babel
 from babel import Locale, UnknownLocaleError, dates, lists, numbers, units
 from rich.progress import Progress
 
-from evomoe.data.corpus import unit_hash
+from evomoe.data.corpus import track, unit_hash
 from evomoe.data.pairs.corpus import Pair, PairCorpus
 from evomoe.errors import ConfigError
 
 _CORPUS_FORMAT = 1
 _HELD_OUT = 0.02  # of the pairs, for each of validation and test
-_REPORT_EVERY = 1000  # pairs between two movements of the bar
 
 # Common ones, so that a word is seen often enough to be learnt: what is new in the test are their combinations.
 _TERRITORIES = (
@@ -91,10 +90,9 @@ class LocalePairs(PairCorpus):
         return iter(self._splits[split])
 
     def _write(self, progress: Progress) -> dict[str, list[Pair]]:
-        task = progress.add_task("writing pairs", total=self._draws)
         draw = _Draw(random.Random(0))
         translations: dict[str, str | None] = {}
-        for number in range(self._draws):
+        for _ in track(progress, range(self._draws), self._draws, "writing pairs"):
             writer = draw()
             try:
                 source, target = (writer(locale) for locale in self._locales)
@@ -102,9 +100,6 @@ class LocalePairs(PairCorpus):
                 self._unwritten += 1
             else:
                 translations[source] = target if translations.get(source, target) == target else None
-            if number % _REPORT_EVERY == 0:
-                progress.update(task, completed=number)
-        progress.remove_task(task)
         splits: dict[str, list[Pair]] = {"train": [], "val": [], "test": []}
         for source, translation in translations.items():
             if translation is not None:

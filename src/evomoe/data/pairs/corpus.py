@@ -16,8 +16,6 @@ from evomoe.data.hub import HubDataset
 from evomoe.data.text.files import digest, lines, refuse_overlap
 from evomoe.errors import ConfigError
 
-_REPORT_EVERY = 1000  # lines between two movements of a bar
-
 
 class Pair(NamedTuple):
     """A sentence and its translation, without line ends."""
@@ -44,7 +42,8 @@ class PairCorpus(ItemCorpus[Pair]):
         self.source = source
         self.target = target
 
-    def _texts(self, item: Pair) -> Iterable[str]:
+    def texts(self, item: Pair) -> Iterable[str]:
+        """Return source and target."""
         return item
 
 
@@ -104,18 +103,15 @@ class ParallelFiles(PairCorpus):
 
     def _lines(self, split: str, progress: Progress) -> Iterator[Pair]:
         files = self._files[split]
-        task = progress.add_task(f"reading {split}", total=None)
-        for number, (source, target) in enumerate(zip_longest(*(lines(file) for file in files))):
+        rows = zip_longest(*(lines(file) for file in files))
+        for source, target in track(progress, rows, None, f"reading {split}"):
             if source is None or target is None:
                 counts = [sum(1 for _ in lines(file)) for file in files]
                 raise ConfigError(
                     f"data.{split}: {files[0]} has {counts[0]} lines and {files[1]} has {counts[1]}; line n of one "
                     "must be the translation of line n of the other"
                 )
-            if number % _REPORT_EVERY == 0:
-                progress.update(task, completed=number)
             yield Pair(source.rstrip("\r\n"), target.rstrip("\r\n"))
-        progress.remove_task(task)
 
 
 class HubPairs(PairCorpus):

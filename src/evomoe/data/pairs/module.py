@@ -14,9 +14,7 @@ from evomoe.data.pairs.cldr import LocalePairs
 from evomoe.data.pairs.corpus import HubPairs, PairCorpus, ParallelFiles
 from evomoe.data.pairs.store import PairStore
 from evomoe.data.sampling import Batch, ResumableDataLoader, evaluation_loader, rank_and_world_size, training_loader
-from evomoe.errors import ConfigError
-
-TOO_LONG = ("truncate", "drop")
+from evomoe.data.two_sided import LengthLimit
 
 
 class PairDataModule(StoredDataModule[PairStore]):
@@ -56,12 +54,9 @@ class PairDataModule(StoredDataModule[PairStore]):
     ) -> None:
         sizes = {"context": context, "batch_tokens": batch_tokens, "eval_batch_tokens": eval_batch_tokens}
         super().__init__(corpus, cache_dir, vocab_size, sizes, num_workers, seed)
-        if too_long not in TOO_LONG:
-            raise ConfigError(f"data.too_long={too_long} is unknown; use data.too_long=truncate or data.too_long=drop")
-        self.context = context
+        self.limit = LengthLimit(context, too_long)
         self.batch_tokens = batch_tokens
         self.eval_batch_tokens = batch_tokens if eval_batch_tokens is None else eval_batch_tokens
-        self.too_long = too_long
 
     def model_sizes(self) -> dict[str, int]:
         """Return the arguments of a model that the data decide."""
@@ -88,7 +83,7 @@ class PairDataModule(StoredDataModule[PairStore]):
             split: `train`, `val` or `test`.
             count: Pairs for all processes together; all of the split if it has less.
         """
-        lengths = self._lengths(split).clip(max=self.context)
+        lengths = self._lengths(split).clip(max=self.limit.context)
         pairs = self._batches(split)
         batches = sample_batches(lengths, count, self.eval_batch_tokens, *rank_and_world_size())
         return [pairs[batch] for batch in batches]
@@ -101,12 +96,7 @@ class PairDataModule(StoredDataModule[PairStore]):
             for split, count in self.store.counts.items()
         )
         notes = "".join(f", {count:,} {name}" for name, count in self.store.notes.items())
-        cut = "left out" if self.too_long == "drop" else "cut"
-        long = {split: int((self._lengths(split) > self.context).sum()) for split in self.store.counts}
-        for split, count in long.items():
-            if count:
-                what = cut if split == "train" else "cut"
-                notes += f", {count:,} of {split} longer than data.context={self.context}: {what}"
+        notes += self.limit.describe({split: self._lengths(split) for split in self.store.counts})
         languages = f"{self.corpus.source} to {self.corpus.target}"
         name = self.store.identity["corpus"]
         return f"{name}, {languages}: {counts}; vocabulary {self.vocab_size:,}{notes} ({self.fingerprint})"
@@ -114,21 +104,15 @@ class PairDataModule(StoredDataModule[PairStore]):
     def train_dataloader(self) -> ResumableDataLoader:
         """Return the shuffled training batches, whose position Lightning saves and restores."""
         lengths = self._lengths("train")
-        indices = np.arange(len(lengths))
-        if self.too_long == "drop":
-            indices = np.flatnonzero(lengths <= self.context)
-            if len(indices) == 0:
-                raise ConfigError(
-                    f"data.too_long=drop leaves no training pair: all are longer than data.context={self.context}"
-                )
+        indices = self.limit.trained(lengths, "pair")
         identity = {
             "data fingerprint": self.fingerprint,
-            "data.context": self.context,
-            "data.too_long": self.too_long,
+            "data.context": self.limit.context,
+            "data.too_long": self.limit.too_long,
         }
         rank, world_size = rank_and_world_size()
         sampler = BucketSampler(
-            lengths[indices].clip(max=self.context),
+            lengths[indices].clip(max=self.limit.context),
             indices,
             identity,
             self.batch_tokens,
@@ -148,14 +132,14 @@ class PairDataModule(StoredDataModule[PairStore]):
 
     def _evaluation_loader(self, split: str) -> DataLoader[Batch]:
         rank, world_size = rank_and_world_size()
-        lengths = self._lengths(split).clip(max=self.context)
+        lengths = self._lengths(split).clip(max=self.limit.context)
         batches = BatchList(self._batches(split), evaluation_batches(lengths, self.eval_batch_tokens, world_size))
         return evaluation_loader(
             batches, batch_size=None, num_workers=self.num_workers, rank=rank, world_size=world_size
         )
 
     def _batches(self, split: str) -> PairBatches:
-        return PairBatches(self.store.pairs(split), self.tokenizer.end_of_text_id, self.context)
+        return PairBatches(self.store.pairs(split), self.tokenizer.end_of_text_id, self.limit.context)
 
     def _lengths(self, split: str) -> np.ndarray:
         """Tokens of the longer side of each pair, with its end, ``(N,)``."""

@@ -7,10 +7,8 @@ train.ends.npy  val.ends.npy  test.ends.npy where each of them ends, (N, 2) int6
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,12 +17,11 @@ from rich.progress import Progress
 
 from evomoe.data.corpus import SPLITS
 from evomoe.data.encoding import TokenFile, check_length, id_dtype
-from evomoe.data.pairs.corpus import Pair, PairCorpus
+from evomoe.data.pairs.corpus import PairCorpus
 from evomoe.data.store import Store
-from evomoe.data.tokenizer import Sample, Tokenizer
+from evomoe.data.tokenizer import Tokenizer
+from evomoe.data.two_sided import both_sides, encode, side_lengths, train_tokenizer
 from evomoe.errors import ConfigError
-
-_PAIRS_AT_ONCE = 10_000  # that are encoded at once
 
 
 @dataclass(frozen=True)
@@ -62,13 +59,11 @@ class PairFile:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of source and target of a pair."""
-        start = self._ends[index - 1, 1] if index else 0
-        middle, end = self._ends[index]
-        return self._tokens[start:middle], self._tokens[middle:end]
+        return both_sides(self._tokens, self._ends, index)
 
     def lengths(self) -> np.ndarray:
         """Return the numbers of ids of source and target of each pair, ``(N, 2)``."""
-        return np.diff(self._ends.reshape(-1), prepend=0).reshape(-1, 2)
+        return side_lengths(self._ends)
 
     def ids(self) -> np.ndarray:
         """Return the ids of all pairs, memory-mapped, sources and targets in turn."""
@@ -106,26 +101,14 @@ class PairStore(Store):
         tokenizer: Tokenizer | None,
     ) -> tuple[Tokenizer, dict[str, Any]]:
         if tokenizer is None:
-            sample = Sample()
-            for pair in corpus.items("train", progress):
-                sample.add(*pair)
-            tokenizer = Tokenizer.train(sample.texts, vocab_size)
+            tokenizer = train_tokenizer(corpus, vocab_size, progress)
         dtype = id_dtype(tokenizer)
         counts = {}
         for split in SPLITS:
-            count = _encode(corpus.items(split, progress), tokenizer, draft, split, dtype)
-            if count.pairs == 0:
+            with (draft / f"{split}.bin").open("wb") as file:
+                ends = encode(corpus.items(split, progress), tokenizer, dtype, lambda ids: ids.tofile(file))
+            if len(ends) == 0:
                 raise ConfigError(corpus.explain_empty(split))
-            counts[split] = asdict(count)
+            np.save(draft / f"{split}.ends.npy", ends)
+            counts[split] = asdict(PairCount(len(ends), *side_lengths(ends).sum(axis=0).tolist()))
         return tokenizer, {"dtype": dtype, "splits": counts}
-
-
-def _encode(pairs: Iterator[Pair], tokenizer: Tokenizer, draft: Path, split: str, dtype: str) -> PairCount:
-    lengths: list[int] = []  # of source, target, source, ...
-    with (draft / f"{split}.bin").open("wb") as file:
-        while chunk := list(islice(pairs, _PAIRS_AT_ONCE)):
-            encoded = tokenizer.encode_batch([text for pair in chunk for text in pair])
-            lengths += map(len, encoded)
-            np.asarray([token for ids in encoded for token in ids], dtype=dtype).tofile(file)
-    np.save(draft / f"{split}.ends.npy", np.cumsum(lengths, dtype=np.int64).reshape(-1, 2))
-    return PairCount(pairs=len(lengths) // 2, source_tokens=sum(lengths[::2]), target_tokens=sum(lengths[1::2]))

@@ -63,10 +63,10 @@ def test_hidden_words_are_guessed(train, tmp_path, capsys):
     predict(compose(*ask, f'prompt="{prompts[0]}"', "show_experts=true", config="generate"))
     cells = re.findall(r'│ "(.*)" +│ [0-3]:[01]\.\d\d +│$', capsys.readouterr().out, re.MULTILINE)
     before, between, after = (objects.data.tokenizer.encode(part) for part in split_at_masks(prompts[0]))
-    assert len(cells) == len(before) + len(between) + len(after) + 2
+    assert len(cells) == 1 + len(before) + len(between) + len(after) + 2  # a marker begins every text
     assert [place for place, cell in enumerate(cells) if cell == "<mask>"] == [
-        len(before),
-        len(before) + 1 + len(between),
+        1 + len(before),
+        2 + len(before) + len(between),
     ]
     with pytest.raises(ConfigError, match="prompt 2 holds no <mask>"):
         predict(compose(*ask, 'prompt=["<mask>","Return"]', config="generate"))

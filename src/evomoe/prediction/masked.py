@@ -22,7 +22,10 @@ def guess_words(restored: Restored, config: DictConfig) -> list[str]:
     prompts = [prompt for prompt in read_texts(config, "prompt", f"The {MASK} of") if prompt.strip(" ")]
     model, tokenizer = restored.task.model, restored.tokenizer
     parts = [split_at_masks(prompt) for prompt in prompts]
-    encoded = [[token for part in split for token in [model.mask_id, *tokenizer.encode(part)]][1:] for split in parts]
+    encoded = []
+    for split in parts:
+        ids = [token for part in split for token in [model.mask_id, *tokenizer.encode(part)]]
+        encoded.append([tokenizer.end_of_text_id, *ids[1:]])  # begun by a marker, as in training
     filled = fill(model, encoded, config.candidates)
     console = plain_console()
     texts = []

@@ -17,6 +17,7 @@ from evomoe.errors import ConfigError
 from evomoe.models.gpt import GPT
 from evomoe.models.initialization import seed_of
 from evomoe.models.key_value_cache import KeyValueCache
+from evomoe.models.roberta import Encoder
 
 TokenExperts = dict[str, list[list[tuple[int, float]]]]
 """For each MoE layer, for each token: the experts that worked for it, with their combine weights."""
@@ -110,11 +111,13 @@ def generate(
     ]
 
 
-def trace_experts(model: GPT, sequences: Sequence[Sequence[int]], *, final_rule: bool = False) -> list[TokenExperts]:
+def trace_experts(
+    model: GPT | Encoder, sequences: Sequence[Sequence[int]], *, final_rule: bool = False
+) -> list[TokenExperts]:
     """Say which experts work for each token of each sequence, in eval mode.
 
     Args:
-        model: the language model.
+        model: of one sequence of tokens.
         sequences: token ids; of a sequence longer than the context only the last ``context`` tokens are read.
         final_rule: route by the final sparse rule instead of the training rule.
 

@@ -50,10 +50,10 @@ def test_the_tokenizer_of_labelled_rows_learns_from_a_sample_of_all(
 
 def test_training_items_that_are_too_long_are_kept_or_left_out() -> None:
     lengths = np.array([3, 9, 8, 10])
-    assert LengthLimit(8, "truncate").trained(lengths, "row").tolist() == [0, 1, 2, 3]
-    assert LengthLimit(8, "drop").trained(lengths, "row").tolist() == [0, 2]
+    assert LengthLimit(8, "truncate").training_items(lengths, "row").tolist() == [0, 1, 2, 3]
+    assert LengthLimit(8, "drop").training_items(lengths, "row").tolist() == [0, 2]
     with pytest.raises(ConfigError, match=r"^data.too_long=drop leaves no training row: all are .* data.context=2$"):
-        LengthLimit(2, "drop").trained(lengths, "row")
+        LengthLimit(2, "drop").training_items(lengths, "row")
     with pytest.raises(ConfigError, match=r"^data.too_long=cut is unknown; use .*=truncate or data.too_long=drop$"):
         LengthLimit(8, "cut")
 

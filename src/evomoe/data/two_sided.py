@@ -99,7 +99,7 @@ class LengthLimit:
                 f"data.too_long={self.too_long} is unknown; use data.too_long=truncate or data.too_long=drop"
             )
 
-    def trained(self, lengths: np.ndarray, kind: str) -> np.ndarray:
+    def training_items(self, lengths: np.ndarray, kind: str) -> np.ndarray:
         """Return the numbers of the items to train on, ascending.
 
         Args:

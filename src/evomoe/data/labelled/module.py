@@ -117,7 +117,7 @@ class LabelledDataModule(StoredDataModule[LabelledStore]):
 
     def train_dataloader(self) -> ResumableDataLoader:
         """Return the shuffled training batches, whose position Lightning saves and restores."""
-        sequences = self._sequences("train", self.limit.trained(self._lengths("train"), "row"))
+        sequences = self._sequences("train", self.limit.training_items(self._lengths("train"), "row"))
         identity = {
             "data fingerprint": self.fingerprint,
             "data.context": self.limit.context,

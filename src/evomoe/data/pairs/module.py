@@ -104,7 +104,7 @@ class PairDataModule(StoredDataModule[PairStore]):
     def train_dataloader(self) -> ResumableDataLoader:
         """Return the shuffled training batches, whose position Lightning saves and restores."""
         lengths = self._lengths("train")
-        indices = self.limit.trained(lengths, "pair")
+        indices = self.limit.training_items(lengths, "pair")
         identity = {
             "data fingerprint": self.fingerprint,
             "data.context": self.limit.context,

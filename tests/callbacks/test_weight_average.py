@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from helpers.keep_states import KeepStates
@@ -114,6 +115,48 @@ def test_a_resumed_run_ends_as_if_it_had_not_stopped(train, averaged, tmp_path, 
     assert losses == averaged.losses[2 * step :]
     assert values == averaged.values
     assert equal(timeless(load(tmp_path)), timeless(load(averaged.folder)))
+
+
+def test_a_run_without_a_step_left_is_tested_by_the_average(train, averaged, tmp_path):
+    last = list_checkpoints(averaged.folder)[20]
+    values, objects = train(tmp_path, *SAVES, *AVERAGED, f"ckpt_path={last}", experiment="vit_dts")
+    (kept,) = (callback for callback in objects.callbacks if isinstance(callback, KeepStates))
+    assert equal(kept.tested, averaged.kept.tested)
+    assert equal(objects.task.state_dict(), averaged.task.state_dict())
+    tested = {name for name in values if name.startswith("test/")}
+    assert {name: values[name] for name in tested} == {name: averaged.values[name] for name in tested}
+    assert "test/loss_sparse" in tested
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_it_is_kept_in_full_precision(train, tmp_path, precision):
+    options = [*SAVES, *AVERAGED, f"trainer.precision={precision}", "trainer.max_steps=14"]
+    _, objects = train(tmp_path / "whole", *options, experiment="vit_dts")
+    (kept,) = (callback for callback in objects.callbacks if isinstance(callback, KeepStates))
+    names = [name for name, _ in objects.task.named_parameters()]
+    assert kept.trained[0][names[0]].dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
+    full = [
+        {name: value.float() if name in names else value for name, value in state.items()} for state in kept.trained
+    ]
+    expected = averages(full, names)
+    checkpoint = load(tmp_path / "whole")
+    assert all(checkpoint["state_dict"][name].dtype == torch.float32 for name in names)
+    for found, step in ((checkpoint["state_dict"], 14), (kept.validated[9], 9), (kept.tested, 14)):
+        for name in names:
+            torch.testing.assert_close(found[name], expected[step - 1][name].to(found[name].dtype))
+    assert equal(checkpoint["current_model_state"], kept.trained[-1])
+
+    start = list_checkpoints(tmp_path / "whole")[8]
+    train(tmp_path / "resumed", *options, f"ckpt_path={start}", experiment="vit_dts")
+    assert equal(timeless(load(tmp_path / "resumed")), timeless(checkpoint))
+
+
+def test_a_second_fit_of_a_model_in_bf16_has_an_average_in_full_precision():
+    task = L.LightningModule()
+    task.layer = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+    average = WeightAverage()
+    average.setup(L.Trainer(accelerator="cpu", logger=False), task, "fit")
+    assert {parameter.dtype for parameter in average._average_model.parameters()} == {torch.float32}
 
 
 def test_it_begins_with_all_experts_where_none_is_to_be_born(train, tmp_path: Path):

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from evomoe.errors import ConfigError
 from evomoe.routing.transport import Sinkhorn, SparseTransport, check_combine, project_sparse_simplex
@@ -98,6 +99,11 @@ def test_padding_carries_no_mass():
     packed = TO_THE_END.log_plan(logits[:, valid[0]], all_real(logits[:, valid[0]])).exp()
     torch.testing.assert_close(TO_THE_END.log_plan(logits, valid).exp()[:, valid[0]], packed)
     assert TO_THE_END.log_plan(logits, torch.zeros_like(valid)).exp().isfinite().all()
+
+
+def test_nothing_is_read_from_a_device_that_would_have_to_be_waited_for():
+    logits = torch.empty(2, 9, 3, device="meta")  # a device without values: to read one is an error
+    assert Sinkhorn().log_plan(logits, torch.ones(2, 9, dtype=torch.bool, device="meta")).shape == (2, 9, 3)
 
 
 def test_gradient_of_the_plan_is_that_of_a_softmax_with_constant_prices():
@@ -230,6 +236,23 @@ def test_padding_and_other_pools_change_no_sparse_plan():
     alone = solver.plan(packed, solver.potentials(packed, real, places[1:2]), real, places[1:2])
     torch.testing.assert_close(plan[1:2, :, :10], alone)
     assert torch.equal(plan[1, :, 10:], torch.zeros(4, 6, dtype=torch.float64))
+
+
+class CountReads(TorchDispatchMode):
+    """Counts the values that leave their device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_number_of_places_is_read_once_for_all_iterations():
+    benefit, valid = sparse_problem()
+    with CountReads() as reads:
+        SparseTransport(iterations=20).potentials(benefit, valid, torch.tensor([[4]]))
+    assert reads.count == 1
 
 
 # Mistakes

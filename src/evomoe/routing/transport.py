@@ -74,7 +74,8 @@ class Sinkhorn:
             change = (fresh - prices).abs().amax(dim=2, keepdim=True)
             prices = torch.where(moving, fresh, prices)
             moving = moving & (change > self.tolerance)
-            if not moving.any():
+            # A GPU would have to be waited for to know it, and the prices that are done stay as they are.
+            if prices.device.type == "cpu" and not moving.any():
                 break
         return prices
 
@@ -114,10 +115,13 @@ class SparseTransport:
             valid: ``(G, n)`` bool, False at padding, which receives nothing.
             places: k of each pool, ``(G, 1)`` int64.
         """
+        return self._plan(benefit, potential, valid, places, _largest(places))
+
+    def _plan(self, benefit: Tensor, potential: Tensor, valid: Tensor, places: Tensor, most: int) -> Tensor:
         mass = valid.sum(dim=1).clamp(min=1)[:, None, None] / benefit.shape[1]  # of an expert, (G, 1, 1)
         scores = (benefit + potential[:, None]) / (self.gamma * mass)
         scores = scores.masked_fill(~valid[:, None], NOTHING)
-        return mass * project_sparse_simplex(scores, places[:, :, None])
+        return mass * project_sparse_simplex(scores, places[:, :, None], most)
 
     @torch.no_grad()
     def potentials(self, benefit: Tensor, valid: Tensor, places: Tensor) -> Tensor:
@@ -125,8 +129,9 @@ class SparseTransport:
         potential = benefit.new_zeros(valid.shape)
         first, second = torch.zeros_like(potential), torch.zeros_like(potential)
         beta, beta_squared = ADAM_BETAS
+        most = _largest(places)
         for step in range(1, self.iterations + 1):
-            lack = (1 - self.plan(benefit, potential, valid, places).sum(dim=1)) * valid  # (G, n)
+            lack = (1 - self._plan(benefit, potential, valid, places, most).sum(dim=1)) * valid  # (G, n)
             first = torch.lerp(lack, first, beta)
             second = torch.lerp(lack.square(), second, beta_squared)
             deviation = (second / (1 - beta_squared**step)).sqrt() + ADAM_EPSILON
@@ -134,7 +139,7 @@ class SparseTransport:
         return potential
 
 
-def project_sparse_simplex(values: Tensor, places: Tensor) -> Tensor:
+def project_sparse_simplex(values: Tensor, places: Tensor, most: int | None = None) -> Tensor:
     """The nearest point of the simplex with at most k entries above 0, in the last dimension.
 
     It keeps the k largest entries and projects them on their simplex (arXiv 2209.15466, section 3).
@@ -142,11 +147,12 @@ def project_sparse_simplex(values: Tensor, places: Tensor) -> Tensor:
     Args:
         values: ``(..., n)``.
         places: k, an int64 tensor that broadcasts to ``(..., 1)``; for 0, where there is no such point, all is finite.
+        most: the largest k, at least 1, for callers that know it; None reads it, and waits for a GPU.
 
     Returns:
         ``(..., n)``, differentiable: on the entries above 0, the identity minus their mean.
     """
-    most = max(int(places.max()), 1)
+    most = _largest(places) if most is None else most
     best, index = values.topk(most, dim=-1)  # falling
     rank = torch.arange(1, most + 1, device=values.device)
     best = best.masked_fill(rank > places, NOTHING)
@@ -154,6 +160,10 @@ def project_sparse_simplex(values: Tensor, places: Tensor) -> Tensor:
     support = (best > threshold).sum(dim=-1, keepdim=True).clamp(min=1)
     kept = (best - threshold.gather(-1, support - 1)).clamp(min=0)
     return torch.zeros_like(values).scatter(-1, index, kept)
+
+
+def _largest(places: Tensor) -> int:
+    return max(int(places.max()), 1)
 
 
 def check_combine(combine: str) -> None:

@@ -45,6 +45,7 @@ from evomoe.routing import (
     ScheduleValues,
     SinkhornExpertChoice,
     SinkhornTokenChoice,
+    SoftmaxExpertChoice,
     SoftmaxTokenChoice,
     SoftMoE,
     SparsityConstrainedExpertChoice,
@@ -222,7 +223,7 @@ ROWS = (
     ),
     Row(
         id="softmax_expert_choice",
-        factory=functools.partial(ExpertChoice, capacity_factor=1.0, capacity_rounding="round", noise=1.0),
+        factory=SoftmaxExpertChoice,
         experts_per_token=(0, ALL),
         permutes_tokens=False,
     ),

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
+from pathlib import Path
 
 import numpy as np
 import ot
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,6 +21,7 @@ from evomoe.routing import (
     ExpertChoice,
     RoutingInput,
     SinkhornExpertChoice,
+    SoftmaxExpertChoice,
     SparseRouting,
     SparsityConstrainedExpertChoice,
 )
@@ -210,6 +214,20 @@ def test_sparse_transport_chooses_the_tokens_of_its_plan():
     torch.testing.assert_close(routing.to_dense(), plan[0].t())
     torch.testing.assert_close(routing.to_dense().sum(dim=0), torch.full((4,), 6.0))
     assert routing.tokens_per_expert.tolist() == [6] * 4
+
+
+def test_the_three_of_vision_have_equal_defaults_which_are_those_of_the_configuration():
+    def defaults(router: type[ExpertChoice]) -> dict[str, object]:
+        parameters = inspect.signature(router).parameters.values()
+        return {option.name: option.default for option in parameters if option.default is not inspect.Parameter.empty}
+
+    shared = defaults(SoftmaxExpertChoice)
+    file = Path(__file__).resolve().parents[2] / "configs" / "router" / "softmax_ec.yaml"
+    gate = yaml.safe_load(file.read_text())["gate"]
+    assert shared == {name: value for name, value in gate.items() if not name.startswith("_")}
+    assert shared.items() <= defaults(SinkhornExpertChoice).items()
+    without_noise = {name: value for name, value in shared.items() if name != "noise"}
+    assert without_noise.items() <= defaults(SparsityConstrainedExpertChoice).items()
 
 
 @pytest.mark.parametrize("router", [SinkhornExpertChoice, SparsityConstrainedExpertChoice])

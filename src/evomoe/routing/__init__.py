@@ -16,7 +16,12 @@ from evomoe.routing.contract import (
 from evomoe.routing.cosine import CosineRouter
 from evomoe.routing.dense import DenseMoE
 from evomoe.routing.dts import DTSGate
-from evomoe.routing.expert_choice import ExpertChoice, SinkhornExpertChoice, SparsityConstrainedExpertChoice
+from evomoe.routing.expert_choice import (
+    ExpertChoice,
+    SinkhornExpertChoice,
+    SoftmaxExpertChoice,
+    SparsityConstrainedExpertChoice,
+)
 from evomoe.routing.forced import ForcedBalance
 from evomoe.routing.hash_layer import HashLayer
 from evomoe.routing.locmoe import LocMoE
@@ -55,6 +60,7 @@ __all__ = [
     "SinkhornTokenChoice",
     "SoftMoE",
     "SoftRouting",
+    "SoftmaxExpertChoice",
     "SoftmaxTokenChoice",
     "SparseRouting",
     "SparsityConstrainedExpertChoice",

@@ -34,8 +34,7 @@ class ExpertChoice(Router):
       depend on no later token, but on the other sequences: few sequences a batch make small pools, down to a single
       one, whose token every expert takes.
 
-    The softmax expert choice of *Routers in Vision MoE* (arXiv 2401.15969) has ``pool="sequence"``, ``noise=1`` and
-    ``capacity_rounding="round"``.
+    The defaults are those for language; :class:`SoftmaxExpertChoice` has those for vision.
 
     It has no loss. The metric ``uncovered`` is the share of real tokens without any expert.
 
@@ -78,10 +77,6 @@ class ExpertChoice(Router):
         self.noise = noise
         self.causal_in_train = self.causal_in_eval = pool == "position"
         self.gate = LinearGate(d_model, num_experts, init)
-
-    def reset_parameters(self) -> None:
-        """Draw the gate anew."""
-        self.gate.reset_parameters()
 
     def forward(self, inputs: RoutingInput) -> SparseRouting:
         """Route ``inputs.hidden (T, D)``."""
@@ -127,6 +122,46 @@ def choose_best(ranking: Tensor, valid: Tensor, places: Tensor) -> Tensor:
     above, level = ranking > bar, ranking == bar
     left = places[:, :, None] - above.sum(dim=1, keepdim=True)
     return above | (level & (level.cumsum(dim=1) <= left))
+
+
+class SoftmaxExpertChoice(ExpertChoice):
+    """The expert choice by softmax of *Routers in Vision MoE* (arXiv 2401.15969), image by image and with noise.
+
+    Its defaults are those of the two routers below, so that the three can be compared as they stand.
+
+    Args:
+        d_model: width D of the token states.
+        num_experts: number of experts E.
+        capacity_factor: mean number of experts per token.
+        capacity_rounding: of C, ``ceil`` or ``round``.
+        capacity_multiple: C is then rounded up to a multiple of it.
+        pool: ``batch``, ``sequence`` or ``position``.
+        noise: in training, deviation of the Gaussian noise on the logits, times E.
+        init: initialisation of the gate, see ``LinearGate``.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        *,
+        capacity_factor: float = 1.0,
+        capacity_rounding: str = "round",
+        capacity_multiple: int = 1,
+        pool: str = "sequence",
+        noise: float = 1.0,
+        init: str = "scaled",
+    ) -> None:
+        super().__init__(
+            d_model,
+            num_experts,
+            capacity_factor=capacity_factor,
+            capacity_rounding=capacity_rounding,
+            capacity_multiple=capacity_multiple,
+            pool=pool,
+            noise=noise,
+            init=init,
+        )
 
 
 class SinkhornExpertChoice(ExpertChoice):

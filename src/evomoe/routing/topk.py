@@ -42,8 +42,9 @@ class TopK(Router):
         capacity_factor: places per expert in training, as a multiple of T * K / E; None drops nothing.
         eval_capacity_factor: the same in evaluation.
         priority: who is served first under a capacity: ``"token"`` (earlier tokens, causal), ``"choice"`` (all first
-            choices) or ``"best"`` (all first choices, those of high probability before others). With the last two a
-            later token can evict an earlier one, so a causal model refuses them.
+            choices) or ``"best"`` (all first choices, those of high probability before others). A causal model refuses
+            ``"best"``, and ``"choice"`` where ``top_k`` is above 1: a later token could evict an earlier one. With one
+            choice a token ``"choice"`` is the order of ``"token"``.
         jitter: in training the gate sees the token state times U[1 - jitter, 1 + jitter].
         init: initialisation of the linear gate, see ``LinearGate``.
         gate: another gate in its place.
@@ -83,10 +84,6 @@ class TopK(Router):
         self.causal_in_train = capacity_factor is None or in_order
         self.causal_in_eval = eval_capacity_factor is None or in_order
         self.gate = LinearGate(d_model, num_experts, init) if gate is None else gate
-
-    def reset_parameters(self) -> None:
-        """Draw the gate anew."""
-        self.gate.reset_parameters()
 
     def forward(self, inputs: RoutingInput) -> SparseRouting:
         """Route ``inputs.hidden (T, D)``."""

@@ -30,7 +30,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from evomoe.callbacks.console.summary import markdown
-from evomoe.cli import instantiate
+from evomoe.instantiation import instantiate
 from evomoe.moe import MoELayer
 from evomoe.routing import Routing, RoutingInput, ScheduleValues, SoftRouting
 from evomoe.routing.assignment import balanced_assignment
@@ -116,18 +116,18 @@ def compare_solvers(tokens: int, rounds: int) -> str:
 
 
 def routers(names: Sequence[str], shape: Shape) -> dict[str, Any]:
-    """The gates of these files in configs/router, in the state that they have late in training."""
+    """The gates of these files in configs/router, with fresh weights.
+
+    One with a schedule is there in each of its phases. One that may stop its iterations early, as it does with the even
+    logits of fresh weights, is there a second time with all of them: the most that sharper logits can cost.
+    """
     found = {}
     for name in names:
-        overrides = [f"router={name}", f"model.vocab_size={VOCABULARY}", f"model.num_experts={shape.num_experts}"]
-        if name == "soft":
-            overrides.append(f"router.gate.slots={round(shape.sequence / shape.num_experts)}")
-        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = hydra.compose("train", overrides=overrides)
-        if config.router.gate is None:
+        gate = compose_gate(name, shape)
+        if gate is None:
             continue
         torch.manual_seed(0)
-        router = instantiate(config.router.gate)
+        router = instantiate(gate)
         if router(shape.d_model, shape.num_experts).scheduled:
             for phase, values in (
                 ("sparsify", ScheduleValues(0.5, 0.5)),
@@ -136,7 +136,19 @@ def routers(names: Sequence[str], shape: Shape) -> dict[str, Any]:
                 found[f"{name}, {phase}"] = (router, values)
         else:
             found[name] = (router, ScheduleValues())
+        if "tolerance" in gate:
+            exhaustive = instantiate(compose_gate(name, shape, "router.gate.tolerance=0"))
+            found[f"{name}, all iterations"] = (exhaustive, ScheduleValues())
     return found
+
+
+def compose_gate(name: str, shape: Shape, *overrides: str) -> Any:
+    """The gate of a file in configs/router; None if it has none."""
+    sizes = [f"model.vocab_size={VOCABULARY}", f"model.num_experts={shape.num_experts}"]
+    if name == "soft":
+        sizes.append(f"router.gate.slots={round(shape.sequence / shape.num_experts)}")
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra.compose("train", overrides=[f"router={name}", *sizes, *overrides]).router.gate
 
 
 def compare_routers(names: Sequence[str], shape: Shape, rounds: int) -> str:
@@ -186,7 +198,7 @@ def compare_routers(names: Sequence[str], shape: Shape, rounds: int) -> str:
     if PEER in took:
         rows.append([PEER, f"{active['soft']:.2f}", "", f"{took[PEER]:.1f}", ""])
     header = [str(shape), "active experts", "router ms", "layer ms", "share"]
-    return f"### Routers, forward and backward, at initialisation\n\n{markdown(header, rows)}"
+    return f"### Routers, forward and backward, with fresh weights\n\n{markdown(header, rows)}"
 
 
 def soft_moe_peer(shape: Shape) -> torch.nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -185,14 +186,56 @@ def test_a_probe_of_a_checkpoint_is_that_of_the_run(classifier):
         (["probe=[a]"], "probe=['a']: expected images of each class, as in probe=[1,5,10]"),
         (["probe=[]"], "probe shots=[]: expected images of each class, such as [1,5,10]"),
         (["probe=[999]"], "probe shots=[999]: the class"),
+        (["pictures=0"], "pictures=0: expected a number of images, as in pictures=8"),
+        (["pictures=[8]"], "pictures=[8]: expected a number of images, as in pictures=8"),
     ],
 )
-def test_a_probe_that_cannot_be_is_refused_in_one_line(classifier, overrides, message):
+def test_what_images_cannot_have_is_refused_in_one_line(classifier, overrides, message):
     with pytest.raises(ConfigError) as caught:
         run.evaluate(compose("accelerator=cpu", f"ckpt_path={classifier.folder}", *overrides, config="eval"))
     assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+    assert "callbacks." not in str(caught.value)
 
 
-def test_text_has_no_probe(trained):
-    with pytest.raises(ConfigError, match=r"probe=\[1\] is for images, which .* does not read: leave it out"):
-        evaluate(trained, "probe=[1]")
+def test_text_has_neither_probe_nor_pictures(trained):
+    for option in ("probe=[1]", "pictures=8"):
+        with pytest.raises(
+            ConfigError, match=re.escape(option) + " is for images, which .* does not read: leave it out"
+        ):
+            evaluate(trained, option)
+
+
+def test_a_probe_is_drawn_as_in_the_run(train, tmp_path):
+    draws = ["callbacks.probe.draws=2", "+callbacks.probe.seed=7", "callbacks.probe.shots=[1]"]
+    whole = ["trainer.limit_test_batches=1.0", "logger=none", "trainer.max_steps=2", "trainer.val_check_interval=2"]
+    values, _ = train(tmp_path / "run", *whole, *draws, experiment="vit_soft")
+
+    def measure(*overrides: str) -> float:
+        given = ["accelerator=cpu", f"ckpt_path={tmp_path / 'run'}", "probe=[1]", *overrides]
+        return run.evaluate(compose(*given, config="eval"))["test/probe_1shot"]
+
+    assert measure() == pytest.approx(values["test/probe_1shot"], abs=1e-6)
+    assert measure('overrides="callbacks.probe.seed=8"') != measure()
+
+
+def test_pictures_of_a_checkpoint_are_those_of_the_run(classifier, tmp_path, capsys):
+    given = ["accelerator=cpu", f"ckpt_path={classifier.folder}", "pictures=8"]
+    run.evaluate(compose(*given, "split=val", "limit_batches=2", config="eval"))
+    pictures = classifier.folder / "pictures"
+    assert f"Pictures: {pictures}/*_val_step_00000020.png" in capsys.readouterr().out
+    drawn = sorted(pictures.glob("*_val_step_00000020.png"))
+    assert [path.name.partition("_val")[0] for path in drawn] == list(classifier.task.model.moe_layers)
+    for path in drawn:
+        assert path.read_bytes() == (pictures / path.name.replace("_val", "")).read_bytes()
+
+    run.evaluate(compose(*given, f"pictures_dir={tmp_path / 'given'}", config="eval"))
+    assert len(list((tmp_path / "given").glob("*_test_step_00000020.png"))) == len(drawn)
+
+
+def test_a_model_that_routes_nothing_has_no_pictures(train, tmp_path):
+    short = [*PLAIN, "trainer.max_steps=2", "trainer.val_check_interval=2"]
+    train(tmp_path / "run", *short, experiment="vit_dense")
+    given = ["accelerator=cpu", f"ckpt_path={tmp_path / 'run'}", "pictures=8"]
+    with pytest.raises(ConfigError, match=r"^pictures=8 shows who goes where, and .* routes nothing: leave it out$"):
+        run.evaluate(compose(*given, config="eval"))

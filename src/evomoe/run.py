@@ -19,13 +19,15 @@ from rich.console import Console
 from rich.table import Table
 
 from evomoe.callbacks import EvolutionProgress, FewShotProbe, RandomState, RunSummary, SafeCheckpoint, print_closing
+from evomoe.callbacks.monitoring.patch_pictures import CheckpointPictures
 from evomoe.callbacks.resuming.epoch_restart import EpochRestart
+from evomoe.callbacks.resuming.final_validation import FinalValidation
 from evomoe.checkpointing import VerifiedCheckpointIO, newest_checkpoint
 from evomoe.checks import check_accelerator, check_parts, check_resume, check_share, check_trainer, check_validation
-from evomoe.cli import instantiate
 from evomoe.errors import ConfigError
+from evomoe.instantiation import instantiate
 from evomoe.pretrained import find_pretrained
-from evomoe.restoring import resolve_checkpoint, restore
+from evomoe.restoring import Restored, resolve_checkpoint, restore
 from evomoe.tasks import ImageClassification
 
 NOISE = ("GPU available", "TPU available", "\N{ELECTRIC LIGHT BULB} Tip", "`Trainer.fit` stopped", "`Trainer(limit_")
@@ -74,7 +76,7 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     if config.evolution is not None:
         callbacks.insert(0, instantiate(config.evolution))
     # RandomState before the others, whose draws are part of the run that a resume repeats.
-    callbacks = [RandomState(), EpochRestart(), *callbacks]
+    callbacks = [RandomState(), EpochRestart(), FinalValidation(), *callbacks]
     plain_config: Any = OmegaConf.to_container(config, resolve=True)
     for callback in callbacks:
         if isinstance(callback, SafeCheckpoint):
@@ -154,15 +156,9 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     data.setup()
     data.check_meaning(restored.data_state)
     _hush()
-    callbacks: list[L.Callback] = [EvolutionProgress()]
-    if config.probe is not None:
-        if not isinstance(config.probe, ListConfig) or not all(type(shots) is int for shots in config.probe):
-            raise ConfigError(f"probe={config.probe}: expected images of each class, as in probe=[1,5,10]")
-        if not isinstance(restored.task, ImageClassification):
-            raise ConfigError(f"probe={config.probe} is for images, which {restored.path} does not read: leave it out")
-        if config.split != "test":
-            raise ConfigError(f"probe={config.probe} is for the test split: leave it out, or use split=test")
-        callbacks.append(FewShotProbe(config.probe))
+    probe = None if config.probe is None else _build_probe(config, restored)
+    pictures = None if config.pictures is None else _build_pictures(config, restored)
+    callbacks: list[L.Callback] = [EvolutionProgress(), *(extra for extra in (probe, pictures) if extra is not None)]
     trainer = L.Trainer(
         accelerator=config.accelerator,
         devices=1,
@@ -181,6 +177,8 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     print(restored.path)
     if changes:
         print(f"Other data than those of the run: {changes}")
+    if pictures is not None:
+        print(f"Pictures: {pictures.folder}/*_{pictures.name}.png")
     table = Table(title=f"step {restored.step}, {config.split} split{' of other data' if changes else ''}")
     table.add_column("metric")
     table.add_column("value", justify="right")
@@ -188,3 +186,43 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         table.add_row(name, f"{value:.4f}")
     Console(markup=False, emoji=False).print(table)
     return values
+
+
+def _build_probe(config: DictConfig, restored: Restored) -> FewShotProbe:
+    """The probe of a checkpoint, drawn as in the test of its run if that had one."""
+    if not isinstance(config.probe, ListConfig) or not all(type(shots) is int for shots in config.probe):
+        raise ConfigError(f"probe={config.probe}: expected images of each class, as in probe=[1,5,10]")
+    if not isinstance(restored.task, ImageClassification):
+        raise ConfigError(f"probe={config.probe} is for images, which {restored.path} does not read: leave it out")
+    if config.split != "test":
+        raise ConfigError(f"probe={config.probe} is for the test split: leave it out, or use split=test")
+    options = _options_of_run(restored, "probe", "draws", "seed")
+    return FewShotProbe(config.probe, **options, remedy="ask for no more, as in probe=[1], or leave it out")
+
+
+def _build_pictures(config: DictConfig, restored: Restored) -> CheckpointPictures:
+    """The pictures of a checkpoint, beside those of its run unless another folder is given."""
+    if type(config.pictures) is not int or config.pictures < 1:
+        raise ConfigError(f"pictures={config.pictures}: expected a number of images, as in pictures=8")
+    if not isinstance(restored.task, ImageClassification):
+        raise ConfigError(
+            f"pictures={config.pictures} is for images, which {restored.path} does not read: leave it out"
+        )
+    if not any(layer.routes for layer in restored.task.model.moe_layers.values()):
+        raise ConfigError(
+            f"pictures={config.pictures} shows who goes where, and {restored.path} routes nothing: leave it out"
+        )
+    folder = restored.path.parent
+    run_dir = folder.parent if folder.name == "checkpoints" else folder
+    return CheckpointPictures(
+        images=config.pictures,
+        folder=Path(config.pictures_dir or run_dir / "pictures").expanduser(),
+        name=f"{config.split}_step_{restored.step:08}",
+        **_options_of_run(restored, "pictures", "slots"),
+    )
+
+
+def _options_of_run(restored: Restored, callback: str, *names: str) -> dict[str, Any]:
+    """Options that a callback had in the run of a checkpoint."""
+    node = OmegaConf.select(restored.config, f"callbacks.{callback}") or {}
+    return {name: node[name] for name in names if name in node}

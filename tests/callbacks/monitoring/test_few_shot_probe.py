@@ -14,7 +14,11 @@ from torch.nn import functional as F
 
 from evomoe.callbacks.monitoring.few_shot_probe import FewShotProbe, draw_shots, features_of, predict
 from evomoe.data import ImageDataModule
+from evomoe.data.images.source import ImageSet, LabelledImages
 from evomoe.errors import ConfigError
+from evomoe.models.vit import ViT
+from evomoe.routing import SoftmaxTokenChoice
+from evomoe.tasks import ImageClassification, Optimization
 
 
 @pytest.mark.parametrize(("n", "width"), [(30, 6), (6, 30)])
@@ -73,15 +77,16 @@ def make_data() -> ImageDataModule:
     return data
 
 
-def probe(**options) -> dict[str, float]:
+def probe(task: L.LightningModule | None = None, precision: str = "32-true", **options) -> dict[str, float]:
     trainer = L.Trainer(
         accelerator="cpu",
+        precision=precision,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         callbacks=[FewShotProbe(**options)],
     )
-    trainer.test(Task(), datamodule=make_data(), verbose=False)
+    trainer.test(task or Task(), datamodule=make_data(), verbose=False)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
@@ -112,7 +117,62 @@ def test_it_is_the_mean_over_the_draws_at_the_penalty_that_validation_prefers(mo
 def test_features_of_chosen_images_are_those_of_all():
     data, task = make_data(), Task()
     chosen = np.array([7, 3, 50])
-    assert torch.equal(features_of(task, data, "train", chosen), features_of(task, data, "train")[chosen])
+    everything = features_of(task, data, "train")
+    assert torch.equal(features_of(task, data, "train", chosen), everything[chosen])
+    in_order = np.stack([data.dataset("train")[number]["images"][:, 0, :2].ravel() for number in range(60)])
+    np.testing.assert_array_equal(everything.numpy(), in_order)
+
+
+class Colours(Drawn):
+    """Images of three colours, as they lie in files: by class."""
+
+    def load(self) -> ImageSet:
+        def sort(split: LabelledImages) -> LabelledImages:
+            labels = np.sort(split.labels)
+            images = split.images // 4
+            images[np.arange(len(labels)), labels] += 128
+            return LabelledImages(images, labels)
+
+        images = super().load()
+        return ImageSet({name: sort(split) for name, split in images.splits.items()}, images.classes)
+
+
+def make_classifier(router) -> ImageClassification:
+    torch.manual_seed(0)
+    model = ViT(8, 4, 3, 3, 16, 2, 2, num_experts=3, moe_every=1, router=router, dropout=0.0)
+    return ImageClassification(model, Optimization()).eval()
+
+
+@torch.no_grad()
+def test_images_sorted_by_class_meet_a_router_of_the_batch_as_in_an_evaluation(monkeypatch):
+    task = make_classifier(SoftmaxTokenChoice)
+    data = ImageDataModule(Colours(train=96), batch_size=16)
+    data.setup()
+    features, seen = task.model.features, []
+
+    def watched(images, final_rule):
+        pooled, routings = features(images, final_rule=final_rule)
+        seen.append(float(sum(routing.dropped for routing in routings)))
+        return pooled, routings
+
+    monkeypatch.setattr(task.model, "features", watched)
+    features_of(task, data, "train")
+    of_probe, _ = sum(seen), seen.clear()
+    images = torch.from_numpy(np.stack([item["images"] for item in map(data.dataset("train").__getitem__, range(96))]))
+    for batch in images.split(16):
+        watched(batch, final_rule=True)
+    of_files, _ = sum(seen), seen.clear()
+    for batch in images[torch.randperm(96)].split(16):
+        watched(batch, final_rule=True)
+    of_evaluation = sum(seen)
+    assert of_files > 1.5 * of_evaluation
+    assert of_probe == pytest.approx(of_evaluation, rel=0.2)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_features_are_taken_in_the_precision_of_the_run(precision):
+    values = probe(make_classifier(SoftmaxTokenChoice), precision, shots=[20], draws=2)
+    assert values["test/probe_20shot"] > 0.3
 
 
 @pytest.mark.parametrize(
@@ -136,3 +196,5 @@ def test_too_few_images_are_refused_before_training():
         "probe shots=[1, 21]: the class 'red' has 20 training images; ask for no more by callbacks.probe.shots, or for "
         "none by callbacks.probe=null"
     )
+    with pytest.raises(ConfigError, match="has 20 training images; ask for less$"):
+        FewShotProbe(shots=[21], remedy="ask for less").setup(trainer, Task(), "fit")

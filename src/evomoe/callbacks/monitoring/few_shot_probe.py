@@ -12,6 +12,7 @@ import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.plugins import Precision
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
@@ -36,12 +37,19 @@ class FewShotProbe(L.Callback):
         shots: training images of each class, n.
         draws: how often they are drawn.
         seed: of the draws.
+        remedy: what to do where a class has too few images, for the message.
 
     Raises:
         ConfigError: before training, if a class has fewer images than a draw takes.
     """
 
-    def __init__(self, shots: Sequence[int] = (1, 5, 10), draws: int = 5, seed: int = 0) -> None:
+    def __init__(
+        self,
+        shots: Sequence[int] = (1, 5, 10),
+        draws: int = 5,
+        seed: int = 0,
+        remedy: str = "ask for no more by callbacks.probe.shots, or for none by callbacks.probe=null",
+    ) -> None:
         if not shots or min(shots) < 1:
             raise ConfigError(f"probe shots={list(shots)}: expected images of each class, such as [1,5,10]")
         if draws < 1:
@@ -49,6 +57,7 @@ class FewShotProbe(L.Callback):
         self.shots = list(shots)
         self.draws = draws
         self.seed = seed
+        self.remedy = remedy
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse data with too few images."""
@@ -57,8 +66,7 @@ class FewShotProbe(L.Callback):
         if counts.min() < max(self.shots):
             name = data.classes[int(counts.argmin())]
             raise ConfigError(
-                f"probe shots={self.shots}: the class {name!r} has {counts.min()} training images; ask for no more by "
-                "callbacks.probe.shots, or for none by callbacks.probe=null"
+                f"probe shots={self.shots}: the class {name!r} has {counts.min()} training images; {self.remedy}"
             )
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -71,9 +79,9 @@ class FewShotProbe(L.Callback):
             for draw in range(self.draws)
         }
         needed = np.unique(np.concatenate(list(chosen.values())))
-        with trainer.precision_plugin.forward_context():
-            train = features_of(pl_module, data, "train", needed)
-            held_out = {split: features_of(pl_module, data, split) for split in ("val", "test")}
+        precision = trainer.precision_plugin
+        train = features_of(pl_module, data, "train", needed, precision)
+        held_out = {split: features_of(pl_module, data, split, precision=precision) for split in ("val", "test")}
         for shots in self.shots:
             accuracies = {split: torch.zeros(len(PENALTIES)) for split in held_out}
             for draw in range(self.draws):
@@ -100,20 +108,32 @@ def draw_shots(labels: np.ndarray, shots: int, seed: Sequence[int]) -> np.ndarra
     return np.concatenate(draws)
 
 
-def features_of(task: Any, data: Any, split: str, indices: np.ndarray | None = None) -> Tensor:
+def features_of(
+    task: Any, data: Any, split: str, indices: np.ndarray | None = None, precision: Precision | None = None
+) -> Tensor:
     """Pooled features ``(n, D)`` of images as they are evaluated, fp32 on the CPU.
+
+    The images share their batches in a drawn order, as in an evaluation: files lie sorted by class, and a router whose
+    places are those of the batch would drop much of a batch of one class.
 
     Args:
         task: of image classification.
         data: its datamodule.
         split: of the images.
         indices: which of them; None for all.
+        precision: of the forward pass; None for that of the weights.
     """
     images: Any = data.dataset(split)
-    images = images if indices is None else Subset(images, indices.tolist())
-    loader = DataLoader(images, batch_size=data.eval_batch_size)
-    batches = [task.model.features(batch["images"].to(task.device), final_rule=True)[0] for batch in loader]
-    return torch.cat(batches).float().cpu()
+    indices = np.arange(len(images)) if indices is None else indices
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(Subset(images, indices[order.numpy()].tolist()), batch_size=data.eval_batch_size)
+    precision = Precision() if precision is None else precision
+    batches = []
+    with precision.forward_context():
+        for batch in loader:
+            converted = precision.convert_input(batch["images"].to(task.device))
+            batches.append(task.model.features(converted, final_rule=True)[0])
+    return torch.cat(batches).float().cpu()[order.argsort()]
 
 
 def predict(features: Tensor, targets: Tensor, queries: Tensor, penalties: Sequence[float]) -> Tensor:

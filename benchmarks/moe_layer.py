@@ -32,7 +32,7 @@ from evomoe.moe.experts import Experts
 from evomoe.moe.kernels import Weights, loop_mix
 from evomoe.moe.layer import MoELayer
 from evomoe.routing.contract import SparseRouting
-from evomoe.routing.topk import TopK
+from evomoe.routing.methods.topk import TopK
 
 Layer = Callable[[Tensor], Tensor]
 

@@ -33,7 +33,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert text.endswith("\n)\n"), "ROWS closes the file"
             text = text[: -len(")\n")] + code + ")\n"
         path.write_text(text, encoding="utf-8")
-    assert written == ["src/evomoe/routing/top_p.py", "tests/routing/test_top_p.py", "configs/router/top_p.yaml"]
+    assert written == [
+        "src/evomoe/routing/methods/top_p.py",
+        "tests/routing/methods/test_top_p.py",
+        "configs/router/top_p.yaml",
+    ]
     return root
 
 
@@ -52,7 +56,7 @@ def test_the_router_of_the_page_passes_the_shared_suite(project):
 
 
 def test_the_code_of_the_page_is_clean(project):
-    files = ["src/evomoe/routing/top_p.py", "tests/routing/registry.py", "tests/routing/test_top_p.py"]
+    files = ["src/evomoe/routing/methods/top_p.py", "tests/routing/registry.py", "tests/routing/methods/test_top_p.py"]
     run(["-m", "ruff", "check", "--no-cache", *files], project)
     run(["-m", "ruff", "format", "--check", "--no-cache", *files], project)
 
@@ -63,7 +67,7 @@ def test_every_command_line_of_the_page_composes(project):
     with initialize_config_dir(str(project / "configs"), version_base="1.3"):
         configs = [compose("train", overrides=arguments) for arguments in overrides]
     first, wider, grown = configs
-    assert first.router.gate._target_ == "evomoe.routing.top_p.TopP"
+    assert first.router.gate._target_ == "evomoe.routing.methods.top_p.TopP"
     assert (first.router.gate.p, wider.router.gate.p) == (0.4, 0.6)
     assert first.evolution is None
     assert grown.evolution is not None

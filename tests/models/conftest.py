@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evomoe.models.gpt import GPT
-from evomoe.routing.topk import TopK
+from evomoe.routing.methods.topk import TopK
 
 VOCABULARY = 50
 CONTEXT = 16

@@ -16,7 +16,7 @@ import evomoe.routing
 from evomoe.errors import ConfigError
 from evomoe.models.gpt import GPT
 from evomoe.routing import Router
-from evomoe.routing.topk import TopK
+from evomoe.routing.methods.topk import TopK
 
 
 def all_routers() -> list[type[Router]]:

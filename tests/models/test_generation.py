@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from evomoe.errors import ConfigError
 from evomoe.models.generation import generate, keep_likely, sample, trace_experts
 from evomoe.models.gpt import GPT
-from evomoe.routing.dts import DTSGate
-from evomoe.routing.topk import TopK
+from evomoe.routing.methods.dts import DTSGate
+from evomoe.routing.methods.topk import TopK
 
 Build = Callable[..., GPT]
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5]]

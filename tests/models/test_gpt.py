@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from evomoe.errors import ConfigError
 from evomoe.models.gpt import GPT
 from evomoe.routing import Router, RoutingInput, SparseRouting
-from evomoe.routing.dts import DTSGate
-from evomoe.routing.switch import Switch
-from evomoe.routing.topk import TopK
+from evomoe.routing.methods.dts import DTSGate
+from evomoe.routing.methods.switch import Switch
+from evomoe.routing.methods.topk import TopK
 
 Build = Callable[..., GPT]
 

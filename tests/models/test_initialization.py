@@ -7,8 +7,8 @@ import torch
 
 from evomoe.models.gpt import GPT
 from evomoe.models.initialization import draw_normal_, seeded
-from evomoe.routing.dts import DTSGate
-from evomoe.routing.switch import Switch
+from evomoe.routing.methods.dts import DTSGate
+from evomoe.routing.methods.switch import Switch
 
 Build = Callable[..., GPT]
 

@@ -16,7 +16,7 @@ from evomoe.models.gpt import GPT
 from evomoe.models.network import BlockOptions
 from evomoe.models.roberta import Encoder, RoBERTa
 from evomoe.models.vit import ViT
-from evomoe.routing.switch import Switch
+from evomoe.routing.methods.switch import Switch
 
 SIZES = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 DOCUMENTED = [name for name in SIZES if name.endswith("_mini")]

@@ -1,7 +1,5 @@
-"""Who goes where: the router contract and one file per published method. Needs torch, numpy and scipy."""
+"""Who goes where: the router contract and in methods/ one file per published method. Needs torch, numpy and scipy."""
 
-from evomoe.routing.adamoe import AdaMoE
-from evomoe.routing.base_layer import BASELayer
 from evomoe.routing.contract import (
     Balance,
     Router,
@@ -13,28 +11,30 @@ from evomoe.routing.contract import (
     StepStatistics,
     Words,
 )
-from evomoe.routing.cosine import CosineRouter
-from evomoe.routing.dense import DenseMoE
-from evomoe.routing.dts import DTSGate
-from evomoe.routing.expert_choice import (
+from evomoe.routing.methods.adamoe import AdaMoE
+from evomoe.routing.methods.base_layer import BASELayer
+from evomoe.routing.methods.cosine import CosineRouter
+from evomoe.routing.methods.dense import DenseMoE
+from evomoe.routing.methods.dts import DTSGate
+from evomoe.routing.methods.expert_choice import (
     ExpertChoice,
     SinkhornExpertChoice,
     SoftmaxExpertChoice,
     SparsityConstrainedExpertChoice,
 )
-from evomoe.routing.forced import ForcedBalance
-from evomoe.routing.hash_layer import HashLayer
-from evomoe.routing.locmoe import LocMoE
-from evomoe.routing.locmoe_plus import LocMoEPlus
-from evomoe.routing.loss_free import LossFreeBias
-from evomoe.routing.moe_plus_plus import MoEPlusPlus
-from evomoe.routing.remoe import ReMoE
+from evomoe.routing.methods.forced import ForcedBalance
+from evomoe.routing.methods.hash_layer import HashLayer
+from evomoe.routing.methods.locmoe import LocMoE
+from evomoe.routing.methods.locmoe_plus import LocMoEPlus
+from evomoe.routing.methods.loss_free import LossFreeBias
+from evomoe.routing.methods.moe_plus_plus import MoEPlusPlus
+from evomoe.routing.methods.remoe import ReMoE
+from evomoe.routing.methods.soft_moe import SoftMoE
+from evomoe.routing.methods.stable_moe import StableMoE
+from evomoe.routing.methods.switch import Switch
+from evomoe.routing.methods.token_choice import SinkhornTokenChoice, SoftmaxTokenChoice
+from evomoe.routing.methods.topk import TopK
 from evomoe.routing.schedule import Schedule
-from evomoe.routing.soft_moe import SoftMoE
-from evomoe.routing.stable_moe import StableMoE
-from evomoe.routing.switch import Switch
-from evomoe.routing.token_choice import SinkhornTokenChoice, SoftmaxTokenChoice
-from evomoe.routing.topk import TopK
 
 __all__ = [
     "AdaMoE",

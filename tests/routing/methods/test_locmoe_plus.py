@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evomoe.routing import LocMoE, LocMoEPlus, RoutingInput
 from evomoe.routing.locality import cosine_affinity
-from evomoe.routing.locmoe_plus import keep_closest
+from evomoe.routing.methods.locmoe_plus import keep_closest
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

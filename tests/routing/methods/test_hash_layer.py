@@ -14,7 +14,7 @@ from evomoe.models.generation import generate
 from evomoe.models.gpt import GPT
 from evomoe.moe import MoELayer
 from evomoe.routing import HashLayer, RoutingInput, SparseRouting
-from evomoe.routing.hash_layer import PRIME
+from evomoe.routing.methods.hash_layer import PRIME
 
 V, D = 50, 8
 

@@ -52,7 +52,7 @@ class LocMoEPlus(Router):
 
     Losses:
         balance: ``E * sum_i f_i P_i`` with the load of step 2 divided by ``top_k``; 1 at balance.
-        locality: ``KL(D_c || D_l)``, see :class:`~evomoe.routing.locmoe.LocMoE`.
+        locality: ``KL(D_c || D_l)``, see :class:`~evomoe.routing.methods.locmoe.LocMoE`.
 
     Metrics:
         off_node: share of the assignments whose expert lives on another node than the token.

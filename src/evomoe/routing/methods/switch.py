@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evomoe.routing.topk import TopK
+from evomoe.routing.methods.topk import TopK
 
 
 class Switch(TopK):

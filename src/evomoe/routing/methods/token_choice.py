@@ -13,9 +13,9 @@ from torch import Tensor
 from evomoe.routing.contract import RoutingInput, SparseRouting
 from evomoe.routing.gate import add_noise, check_noise
 from evomoe.routing.losses import chance_of_choice, squared_variation
+from evomoe.routing.methods.topk import TopK
 from evomoe.routing.pools import Pooled, check_pool, from_pools, real_tokens, to_pools
 from evomoe.routing.selection import assign_within_capacity, check_rounding, make_routing, mask_padding
-from evomoe.routing.topk import TopK
 from evomoe.routing.transport import Sinkhorn, check_combine
 
 

@@ -26,7 +26,7 @@ class AdaMoE(Router):
        whose choices are all null gets exactly zero.
 
     With E true experts under a balanced load, a token has ``top_k * E / (E + m)`` of them on average. Without nulls
-    the router is :class:`~evomoe.routing.topk.TopK`, renormalised and dropless.
+    the router is :class:`~evomoe.routing.methods.topk.TopK`, renormalised and dropless.
 
     Renormalised over the true experts, the task's loss gives the null columns of the gate no gradient: the balance loss
     alone trains them, and decides how many tokens do with fewer experts. The published coefficient is therefore large

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from evomoe.errors import ConfigError
 from evomoe.routing.gate import Gate
-from evomoe.routing.topk import TopK
+from evomoe.routing.methods.topk import TopK
 
 LEAST_TEMPERATURE = 0.01
 LEAST_NORM = 1e-6

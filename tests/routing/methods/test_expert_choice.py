@@ -222,7 +222,7 @@ def test_the_three_of_vision_have_equal_defaults_which_are_those_of_the_configur
         return {option.name: option.default for option in parameters if option.default is not inspect.Parameter.empty}
 
     shared = defaults(SoftmaxExpertChoice)
-    file = Path(__file__).resolve().parents[2] / "configs" / "router" / "softmax_ec.yaml"
+    file = Path(__file__).resolve().parents[3] / "configs" / "router" / "softmax_ec.yaml"
     gate = yaml.safe_load(file.read_text())["gate"]
     assert shared == {name: value for name, value in gate.items() if not name.startswith("_")}
     assert shared.items() <= defaults(SinkhornExpertChoice).items()

@@ -11,7 +11,7 @@ from torch import Tensor
 from evomoe.errors import ConfigError
 from evomoe.moe import MoELayer
 from evomoe.routing import AdaMoE, RoutingInput, SparseRouting, TopK
-from evomoe.routing.adamoe import null_balance
+from evomoe.routing.methods.adamoe import null_balance
 from evomoe.routing.metrics import brief_metrics
 
 

@@ -1,0 +1,1 @@
+"""One file per published method; import them from :mod:`evomoe.routing`."""

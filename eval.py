@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from evomoe.cli import run_main
-from evomoe.run import evaluate
+from evomoe.evaluation import evaluate
 
 if __name__ == "__main__":
     run_main(evaluate, Path(__file__).resolve().parent / "configs", "eval")

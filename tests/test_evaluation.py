@@ -9,26 +9,26 @@ from pathlib import Path
 import pytest
 from helpers.programs import PLAIN, compose, read_csv
 
-from evomoe import run
 from evomoe.checkpointing import list_checkpoints
 from evomoe.errors import ConfigError
+from evomoe.evaluation import evaluate
 
 
-def evaluate(trained, *overrides: str) -> dict[str, float]:
-    return run.evaluate(compose(f"log_dir={trained.logs}", "accelerator=cpu", *overrides, config="eval"))
+def evaluate_trained(trained, *overrides: str) -> dict[str, float]:
+    return evaluate(compose(f"log_dir={trained.logs}", "accelerator=cpu", *overrides, config="eval"))
 
 
 @pytest.mark.parametrize("step", [5, 10, 15, 20], ids=["diversify", "sparsify", "hardened", "end"])
 def test_a_checkpoint_measures_what_training_logged_there(trained, step):
     (logged,) = (row for row in read_csv(trained.folder) if row["val/loss"] and int(row["step"]) == step - 1)
-    measured = evaluate(trained, "split=val", f"ckpt_path={list_checkpoints(trained.folder)[step]}")
+    measured = evaluate_trained(trained, "split=val", f"ckpt_path={list_checkpoints(trained.folder)[step]}")
     for name in ("val/loss", "val/loss_sparse", "val/perplexity", "val/perplexity_sparse", "val/bits_per_byte"):
         assert measured[name] == pytest.approx(float(logged[name]), abs=1e-5, rel=1e-5), name
     assert (measured["val/loss"] == measured["val/loss_sparse"]) == (step != 10)
 
 
 def test_the_test_split_measures_what_the_run_returned(trained, capsys):
-    measured = evaluate(trained)
+    measured = evaluate_trained(trained)
     for name, value in measured.items():
         assert value == pytest.approx(trained.values[name], abs=1e-5, rel=1e-5), name
     table = capsys.readouterr().out
@@ -37,10 +37,10 @@ def test_the_test_split_measures_what_the_run_returned(trained, capsys):
 
 
 def test_overrides_change_how_a_checkpoint_is_measured(trained):
-    whole = evaluate(trained, "split=val")
-    small = evaluate(trained, "split=val", 'overrides="data.eval_batch_size=3 data.num_workers=0"')
+    whole = evaluate_trained(trained, "split=val")
+    small = evaluate_trained(trained, "split=val", 'overrides="data.eval_batch_size=3 data.num_workers=0"')
     assert small["val/loss"] == pytest.approx(whole["val/loss"], abs=1e-5)
-    assert evaluate(trained, "split=val", "limit_batches=1")["val/loss"] != whole["val/loss"]
+    assert evaluate_trained(trained, "split=val", "limit_batches=1")["val/loss"] != whole["val/loss"]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_overrides_change_how_a_checkpoint_is_measured(trained):
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(trained, overrides, message):
     with pytest.raises(ConfigError) as caught:
-        evaluate(trained, *overrides)
+        evaluate_trained(trained, *overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -86,7 +86,7 @@ def test_other_text_is_measured_with_the_tokenizer_of_the_checkpoint(train, tmp_
 
     def measure(*overrides: str, split: str = "test") -> dict[str, float]:
         chosen = [f"split={split}", f'overrides="{" ".join(overrides)}"']
-        return run.evaluate(compose(f"ckpt_path={tmp_path / 'run'}", "accelerator=cpu", *chosen, config="eval"))
+        return evaluate(compose(f"ckpt_path={tmp_path / 'run'}", "accelerator=cpu", *chosen, config="eval"))
 
     assert measure()["test/loss"] > 0
     assert "ther data" not in capsys.readouterr().out
@@ -118,7 +118,7 @@ def test_other_text_is_measured_whatever_the_task(train, tmp_path, experiment):
         (tmp_path / name).write_text(lines)
     test = tmp_path / ("other" if experiment == "mt_switch" else "other.txt")
     chosen = f'overrides="data.test={test}"'
-    values = run.evaluate(compose(f"ckpt_path={tmp_path / 'run'}", "accelerator=cpu", chosen, config="eval"))
+    values = evaluate(compose(f"ckpt_path={tmp_path / 'run'}", "accelerator=cpu", chosen, config="eval"))
     assert values["test/loss"] > 0
 
 
@@ -129,7 +129,7 @@ def test_the_constant_guess_is_of_a_test_alone(train, tmp_path, experiment, gues
     train(tmp_path / "run", *PLAIN, "trainer.max_steps=2", "trainer.val_check_interval=2", experiment=experiment)
     for split in ("val", "test"):
         config = compose(f"ckpt_path={tmp_path / 'run'}", "accelerator=cpu", f"split={split}", config="eval")
-        assert (f"{split}/{guess}" in run.evaluate(config)) == (split == "test")
+        assert (f"{split}/{guess}" in evaluate(config)) == (split == "test")
 
 
 def test_sentences_are_measured_by_the_tokenizer_and_the_classes_of_the_checkpoint(train, tmp_path):
@@ -152,7 +152,7 @@ def test_sentences_are_measured_by_the_tokenizer_and_the_classes_of_the_checkpoi
     assert len(held_out) == len(fields) > 10
 
     def measure(*overrides: str) -> dict[str, float]:
-        return run.evaluate(compose(f"ckpt_path={tmp_path / 'run'}", "accelerator=cpu", *overrides, config="eval"))
+        return evaluate(compose(f"ckpt_path={tmp_path / 'run'}", "accelerator=cpu", *overrides, config="eval"))
 
     # The test as a file of its own leaves more to train on, of which a tokenizer would be another one.
     other = write("other.tsv", held_out)
@@ -171,7 +171,7 @@ def test_sentences_are_measured_by_the_tokenizer_and_the_classes_of_the_checkpoi
 def test_a_probe_of_a_checkpoint_is_that_of_the_run(classifier):
     assert (classifier.folder / "pictures" / "block_1_step_00000020.png").exists()
     config = compose("accelerator=cpu", f"ckpt_path={classifier.folder}", "probe=[1,10]", config="eval")
-    measured = run.evaluate(config)
+    measured = evaluate(config)
     assert {name for name in measured if "probe" in name} == {"test/probe_1shot", "test/probe_10shot"}
     for name, value in measured.items():
         assert value == pytest.approx(classifier.values[name], abs=1e-5), name
@@ -192,7 +192,7 @@ def test_a_probe_of_a_checkpoint_is_that_of_the_run(classifier):
 )
 def test_what_images_cannot_have_is_refused_in_one_line(classifier, overrides, message):
     with pytest.raises(ConfigError) as caught:
-        run.evaluate(compose("accelerator=cpu", f"ckpt_path={classifier.folder}", *overrides, config="eval"))
+        evaluate(compose("accelerator=cpu", f"ckpt_path={classifier.folder}", *overrides, config="eval"))
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
     assert "callbacks." not in str(caught.value)
@@ -203,7 +203,7 @@ def test_text_has_neither_probe_nor_pictures(trained):
         with pytest.raises(
             ConfigError, match=re.escape(option) + " is for images, which .* does not read: leave it out"
         ):
-            evaluate(trained, option)
+            evaluate_trained(trained, option)
 
 
 def test_a_probe_is_drawn_as_in_the_run(train, tmp_path):
@@ -213,7 +213,7 @@ def test_a_probe_is_drawn_as_in_the_run(train, tmp_path):
 
     def measure(*overrides: str) -> float:
         given = ["accelerator=cpu", f"ckpt_path={tmp_path / 'run'}", "probe=[1]", *overrides]
-        return run.evaluate(compose(*given, config="eval"))["test/probe_1shot"]
+        return evaluate(compose(*given, config="eval"))["test/probe_1shot"]
 
     assert measure() == pytest.approx(values["test/probe_1shot"], abs=1e-6)
     assert measure('overrides="callbacks.probe.seed=8"') != measure()
@@ -221,7 +221,7 @@ def test_a_probe_is_drawn_as_in_the_run(train, tmp_path):
 
 def test_pictures_of_a_checkpoint_are_those_of_the_run(classifier, tmp_path, capsys):
     given = ["accelerator=cpu", f"ckpt_path={classifier.folder}", "pictures=8"]
-    run.evaluate(compose(*given, "split=val", "limit_batches=2", config="eval"))
+    evaluate(compose(*given, "split=val", "limit_batches=2", config="eval"))
     pictures = classifier.folder / "pictures"
     assert f"Pictures: {pictures}/*_val_step_00000020.png" in capsys.readouterr().out
     drawn = sorted(pictures.glob("*_val_step_00000020.png"))
@@ -229,7 +229,7 @@ def test_pictures_of_a_checkpoint_are_those_of_the_run(classifier, tmp_path, cap
     for path in drawn:
         assert path.read_bytes() == (pictures / path.name.replace("_val", "")).read_bytes()
 
-    run.evaluate(compose(*given, f"pictures_dir={tmp_path / 'given'}", config="eval"))
+    evaluate(compose(*given, f"pictures_dir={tmp_path / 'given'}", config="eval"))
     assert len(list((tmp_path / "given").glob("*_test_step_00000020.png"))) == len(drawn)
 
 
@@ -238,4 +238,4 @@ def test_a_model_that_routes_nothing_has_no_pictures(train, tmp_path):
     train(tmp_path / "run", *short, experiment="vit_dense")
     given = ["accelerator=cpu", f"ckpt_path={tmp_path / 'run'}", "pictures=8"]
     with pytest.raises(ConfigError, match=r"^pictures=8 shows who goes where, and .* routes nothing: leave it out$"):
-        run.evaluate(compose(*given, config="eval"))
+        evaluate(compose(*given, config="eval"))

@@ -19,6 +19,7 @@ from evomoe.callbacks import Evolution, HeldEvolution
 from evomoe.checkpointing import list_checkpoints, newest_checkpoint
 from evomoe.cli import quote_text
 from evomoe.errors import ConfigError
+from evomoe.evaluation import evaluate
 from evomoe.prediction import predict
 from evomoe.pretrained import find_pretrained
 from evomoe.restoring import restore
@@ -128,7 +129,7 @@ def test_a_fine_tuned_model_is_measured_with_its_own_tokenizer(train, tmp_path, 
     values, _ = train(
         tmp_path / "run", *PLAIN[:2], *SHORT, *whole, f"init_from={pretrained.folder}", experiment="glue_dts"
     )
-    measured = run.evaluate(compose(f"ckpt_path={tmp_path / 'run'}", "accelerator=cpu", config="eval"))
+    measured = evaluate(compose(f"ckpt_path={tmp_path / 'run'}", "accelerator=cpu", config="eval"))
     assert measured["test/majority_accuracy"] > 0.5
     assert measured == {name: pytest.approx(values[name], rel=1e-5) for name in measured}
 

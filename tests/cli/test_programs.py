@@ -15,8 +15,8 @@ import pytest
 import torch
 from helpers.programs import PATIENCE, ROOT, Program, call, compose, equal, launch, load, tiny_overrides
 
-from evomoe import run
 from evomoe.checkpointing import list_checkpoints
+from evomoe.evaluation import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +239,7 @@ def test_two_processes_translate_what_one_would(corpus, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     run_dir = tmp_path / "logs" / "mt_dts" / "two"
-    values = run.evaluate(compose(f"ckpt_path={run_dir}", config="eval"))
+    values = evaluate(compose(f"ckpt_path={run_dir}", config="eval"))
     shown = re.search(r"^test +(loss .*)$", done.stdout, re.MULTILINE)
     assert shown
     found = dict(part.split(" ") for part in shown[1].split(", "))

@@ -94,6 +94,11 @@ def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path: Path) -> None:
     assert read(files(tmp_path / "train.jsonl")) == [("Good.", None, "1")]
 
 
+def test_a_blank_last_line_is_no_row(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("sentence\tlabel\nGood.\t1\n\n")
+    assert read(files(tmp_path / "a.tsv")) == [("Good.", None, "1")]
+
+
 def test_a_packed_table_is_the_same_table(tmp_path: Path) -> None:
     path = write_table(tmp_path / "train.tsv", "sentence|label", "Good.|1")
     (tmp_path / "train.tsv.gz").write_bytes(gzip.compress(path.read_bytes()))
@@ -165,6 +170,16 @@ def test_rows_that_are_also_trained_on_are_refused(tmp_path: Path, split: str) -
     ("name", "content", "message"),
     [
         ("a.tsv", b"sentence\tlabel\nGood.\t1\nBad.\n", r"a.tsv, line 3 has 1 fields, and there are 2 columns"),
+        (
+            "a.tsv",
+            b"sentence\tlabel\nGood.\t1\nBad.\t\n",
+            r"a.tsv, line 3: label is empty; give every row its label, or",
+        ),
+        (
+            "a.tsv",
+            b"gj04\t1\t\tGood.\ngj04\t0\t*\tBad.\n",
+            r"or data.header=\[...\] if these are no names but the first row",
+        ),
         ("a.tsv", b"sentence\tlabel\nGood.\t1\t1\n", r"a.tsv, line 2 has 3 fields, .* \(sentence, label\)"),
         ("a.tsv", b"sentence\tlabel\nGood.\t1\nGr\xfc\xdfe\t1\n", r"a.tsv, line 3: not UTF-8"),
         ("a.tsv", b"index\tsentence\n0\tGood.\n", r"has the columns index, sentence: no sentence with a label .* GLUE"),

@@ -203,6 +203,7 @@ def test_the_state_is_plain_and_belongs_to_the_data(tmp_path: Path) -> None:
         (["a|1", "b|high"], {"regression": True}, r"line 3: the label 'high' is no number; for classes set"),
         (["a|1", "b|nan"], {"regression": True}, r"line 3: the label 'nan' is no number"),
         ([f"a|{number / 7}" for number in range(1500)], {}, r"1,500 different labels, .* data.regression=true"),
+        ([f"a|{number / 20}" for number in range(101)], {}, r"101 different labels, .* data.regression=true"),
         ([], {}, r"data.train holds no labelled sentence"),
         (["a|0", "b|1"], {"context": 4}, r"data.context=4 must be at least 5"),
         (["a|0", "b|1"], {"batch_size": 0}, r"data.batch_size=0 must be at least 1"),

@@ -105,6 +105,14 @@ class TestHub:
         assert [len(read(corpus, split)) for split in SPLITS] == [60, 2, 3]
         assert read(corpus, "val")[1] == Pair("validation 1 de", "validation 1")
 
+    def test_what_is_null_is_left_out_and_counted(self, folder: Path) -> None:
+        rows = [{"en": "a", "de": "b"}, {"en": "c", "de": None}, {"en": None, "de": "d"}, None]
+        text = "\n".join(json.dumps({"translation": row}) for row in rows)
+        (folder / "train.jsonl").write_text(text)
+        corpus = HubPairs("de", "en", str(folder))
+        assert read(corpus, "train") == [Pair("b", "a")]
+        assert corpus.notes() == {"blank pairs left out of train": 3}
+
     def test_missing_splits_are_held_out(self, folder: Path) -> None:
         corpus = HubPairs("de", "en", str(folder), val=None, test=None, holdout=0.2)
         parts = [set(read(corpus, split)) for split in SPLITS]

@@ -88,7 +88,8 @@ class ColumnChoice:
                     return names
             raise ConfigError(
                 f"{place} has the columns {', '.join(found)}: no sentence with a label as GLUE calls them; name yours "
-                "with data.sentence1=... data.label=... (GLUE's own test files have no labels and cannot be used)"
+                "with data.sentence1=... data.label=..., or data.header=[...] if these are no names but the first row "
+                "(GLUE's own test files have no labels and cannot be used)"
             )
         names = Columns(*self._sentences, self._label or "label")
         for key, name in zip(("sentence1", "sentence2", "label"), names, strict=True):

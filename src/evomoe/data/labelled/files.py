@@ -97,7 +97,11 @@ class LabelledFiles(LabelledCorpus):
                 where = place if ".jsonl" in file.suffixes else str(file)
                 names = self._columns.resolve(record, f"data.{split}: {where}")
             second = None if names.second is None else _text(record, names.second, place)
-            yield Row(_text(record, names.first, place), second, _text(record, names.label, place), place)
+            row = Row(_text(record, names.first, place), second, _text(record, names.label, place), place)
+            if row.label.strip():
+                yield row
+            else:
+                self._reject(split, f"{place}: {names.label} is empty; give every row its label")
 
     def _fields(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield the number of each line of a table and its fields by column."""
@@ -105,6 +109,8 @@ class LabelledFiles(LabelledCorpus):
         header = self._header
         for number, line in enumerate(lines(file), start=1):
             fields = line.rstrip("\r\n").split("\t")
+            if fields == [""]:
+                continue
             if header is None:
                 header = fields
             elif len(fields) != len(header):

@@ -9,7 +9,7 @@ train.labels.npy  val.labels.npy  test.labels.npy    (N,) int64, or float32 wher
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +26,8 @@ from evomoe.data.two_sided import both_sides, encode, side_lengths, train_tokeni
 from evomoe.errors import ConfigError
 
 _MOST_CLASSES = 1000
+_MOST_FRACTIONS = 20
+"""Classes beyond which labels such as 3.25 are taken for numbers, as the scores of STS-B are."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +125,21 @@ def _classes(corpus: LabelledCorpus, progress: Progress) -> list[str]:
         raise ConfigError(corpus.explain_empty("train"))
     if len(classes) == 1:
         raise ConfigError(f"all rows of data.train have the label {classes[0]!r}: there is nothing to tell apart")
-    if len(classes) > _MOST_CLASSES:
+    if len(classes) > _MOST_CLASSES or (len(classes) > _MOST_FRACTIONS and _are_fractions(classes)):
         raise ConfigError(
             f"data.train has {len(classes):,} different labels, as numbers have: set data.regression=true, or name "
             "another column with data.label=..."
         )
     return classes
+
+
+def _are_fractions(labels: Iterable[str]) -> bool:
+    """Whether all labels are numbers, and some of them not whole."""
+    try:
+        numbers = [float(label) for label in labels]
+    except ValueError:
+        return False
+    return not all(number.is_integer() for number in numbers)
 
 
 def _encode(rows: Iterator[Row], tokenizer: Tokenizer, classes: list[str] | None) -> EncodedRows:
@@ -150,7 +161,10 @@ def _label(row: Row, numbers: dict[str, int] | None) -> float:
     if numbers is not None:
         if row.label not in numbers:
             known = ", ".join(list(numbers)[:10]) + (", ..." if len(numbers) > 10 else "")
-            raise ConfigError(f"{row.place}: the label {row.label!r} is none of the classes of data.train ({known})")
+            numeric = "; for numbers set data.regression=true" if _are_fractions([row.label, *numbers]) else ""
+            raise ConfigError(
+                f"{row.place}: the label {row.label!r} is none of the classes of data.train ({known}){numeric}"
+            )
         return numbers[row.label]
     try:
         value = float(row.label)

@@ -165,13 +165,15 @@ class HubPairs(PairCorpus):
     def _rows(self, split: str, progress: Progress) -> Iterator[Pair]:
         table = self._hub.table(split)
         for row in track(progress, table, len(table), f"reading {split}"):
-            texts = row.get("translation", row)
+            texts = row.get("translation", row) or {}
             for key, language in (("source", self.source), ("target", self.target)):
-                if not isinstance(texts.get(language), str):
+                if texts and not isinstance(texts.get(language, 0), str | None):
                     known = ", ".join(texts)
                     raise ConfigError(f"data.{key}={language} is no language of {self._hub.name}; choose among {known}")
-            # A line feed inside a sentence would be read as its end when translations are written line by line.
-            yield Pair(" ".join(texts[self.source].split("\n")), " ".join(texts[self.target].split("\n")))
+            # What is null counts as blank. A line feed inside a sentence would be read as its end when translations
+            # are written line by line.
+            source, target = (" ".join((texts.get(own) or "").split("\n")) for own in (self.source, self.target))
+            yield Pair(source, target)
 
 
 def _find(split: str, stem: str, language: str, key: str) -> Path:

@@ -156,9 +156,13 @@ def test_comparisons_that_share_their_runs_mean_the_same_by_a_label():
     assert len(recipes) == 34 + 10 + 7 + 7 + 5
 
 
-def test_the_recipe_of_the_main_table_is_an_experiment():
-    (method,) = (method for method in read("comparison=main").methods if method.label == "dts_kept")
+@pytest.mark.parametrize(
+    ("comparison", "label", "experiment"),
+    [("main", "dts_kept", "gpt_dts_kept"), ("multi30k_recipes", "dts_fast", "mt_dts_fast")],
+)
+def test_the_best_recipe_of_a_comparison_is_an_experiment(comparison, label, experiment):
+    (method,) = (method for method in read(f"comparison={comparison}").methods if method.label == label)
     listed = compose(f"experiment={method.experiment}", *method.overrides, run_dir=Path("run"))
-    named = compose("experiment=gpt_dts_kept", run_dir=Path("run"))
+    named = compose(f"experiment={experiment}", run_dir=Path("run"))
     assert listed.router == named.router
     assert listed.evolution == named.evolution

@@ -41,7 +41,7 @@ def test_a_renamed_clone_works(clone):
     )
     imported = run("-c", script, cwd=clone)
     assert imported.returncode == 0, imported.stderr
-    assert {"my_project.routing.dts", "my_project.moe.layer", "my_project.callbacks.console.summary"} <= set(
+    assert {"my_project.routing.methods.dts", "my_project.moe.layer", "my_project.callbacks.console.summary"} <= set(
         imported.stdout.split()
     )
 

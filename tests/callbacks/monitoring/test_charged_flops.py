@@ -20,6 +20,8 @@ ONE_PROCESS = [
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_a_step_is_charged_what_it_computes_in_every_phase(train, tmp_path, experiment):
     plan = ["evolution.harden=4"] if "dts" in experiment else []
+    if experiment == "mt_dts_paper":  # its phases are counted in steps
+        plan += ["evolution.diversify=1", "evolution.temperature.length=2"]
     length = ["trainer.max_steps=6", "trainer.val_check_interval=6", "trainer.limit_val_batches=1"]
     count = "+callbacks.count._target_=helpers.count_flops.CountFlops"
     _, objects = train(tmp_path, *PLAIN, *ONE_PROCESS, *length, *plan, count, experiment=experiment)

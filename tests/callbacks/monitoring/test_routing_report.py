@@ -187,7 +187,7 @@ def test_batches_without_padding_validated_outside_a_fit():
     active = torch.tensor([[1, 0], [0, 1], [1, 0], [1, 0]]).bool()
     logged: dict[str, float] = {}
     module = SimpleNamespace(
-        model=SimpleNamespace(moe_layers={"block_1": SimpleNamespace(live_experts=2)}, vocab_size=9),
+        model=SimpleNamespace(moe_layers={"block_1": SimpleNamespace(routes=True)}, vocab_size=9),
         log_dict=lambda values, sync_dist: logged.update({name: float(value) for name, value in values.items()}),
     )
     trainer = SimpleNamespace(

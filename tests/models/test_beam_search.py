@@ -168,8 +168,9 @@ def test_what_cannot_work_is_refused(options, message):
         beam_search(build(), sources, begin_id=BEGIN, end_id=END, **options)
 
 
-@pytest.mark.parametrize("option", [{"ratio": -0.5}, {"offset": -1}])
-def test_a_negative_limit_is_refused(option):
+@pytest.mark.parametrize("option", [{"ratio": -0.5}, {"ratio": "long"}, {"offset": -1}, {"offset": 2.5}])
+def test_a_limit_that_cannot_be_is_refused(option):
     ((name, value),) = option.items()
-    with pytest.raises(ConfigError, match=f"^max_length_{name}={value}: expected 0 or above, or null"):
+    kind = {"ratio": "a number", "offset": "a whole number"}[name]
+    with pytest.raises(ConfigError, match=f"^max_length_{name}={value}: expected {kind} of 0 or above, or null"):
         LengthLimit(**option)

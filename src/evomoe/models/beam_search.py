@@ -27,7 +27,7 @@ class LengthLimit:
         offset: tokens beside them; None for 0. With neither, the model's context is the only limit.
 
     Raises:
-        ConfigError: for a negative value.
+        ConfigError: for a negative value, or one that is no number.
     """
 
     ratio: float | None = None
@@ -35,8 +35,10 @@ class LengthLimit:
 
     def __post_init__(self) -> None:
         for name, value in (("max_length_ratio", self.ratio), ("max_length_offset", self.offset)):
-            if value is not None and value < 0:
-                raise ConfigError(f"{name}={value}: expected 0 or above, or null")
+            kinds = (int, float) if name == "max_length_ratio" else (int,)
+            if value is not None and not (type(value) in kinds and value >= 0):
+                kind = "a number" if len(kinds) > 1 else "a whole number"
+                raise ConfigError(f"{name}={value}: expected {kind} of 0 or above, or null")
 
     def at(self, length: int, context: int) -> int:
         """Most tokens for a source of ``length`` tokens: at least 1, and no more than the model's ``context``."""

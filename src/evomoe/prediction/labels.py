@@ -52,7 +52,7 @@ def classify(restored: Restored, config: DictConfig) -> list[str]:
         ranked = _rank(outputs[number], restored.data_state["classes"]) if number in rows else [("", None)]
         answers.append(ranked[0][0])
         if not in_full:
-            name, share = ranked[0]
+            name, share = " ".join(ranked[0][0].split()), ranked[0][1]  # one line with one tab, whatever the class
             print_text(name if share is None else f"{name}\t{share:.4f}")
         elif number in rows:
             console.rule()

@@ -43,7 +43,8 @@ def mask_tokens(
     chance = draws[0]
     if word_starts is not None:
         word = word_starts[tokens].long().cumsum(dim=1)  # (B, S), the number of each token's word in its row
-        # Word 0 is what goes on from before the row. Where all S tokens begin a word it is empty, and S takes its draw.
+        # Word 0 is what goes on from before a row that begins with no marker. Where all S tokens begin a word it is
+        # empty, and S takes its draw.
         chance = chance.gather(1, word % tokens.shape[1])
     chosen = (chance < share) & (tokens != marker_id)
     if valid is not None:

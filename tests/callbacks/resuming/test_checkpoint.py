@@ -201,7 +201,14 @@ def test_the_configuration_travels_with_the_weights(tmp_path):
 
 @pytest.mark.parametrize(
     ("monitor", "mode"),
-    [("val/loss_sparse", "min"), ("val/perplexity", "min"), ("val/bleu", "max"), ("val/accuracy", "max")],
+    [
+        ("val/loss_sparse", "min"),
+        ("val/perplexity", "min"),
+        ("val/bits_per_byte", "min"),
+        ("val_moe/block_1/dropped", "min"),
+        ("val/bleu", "max"),
+        ("val/accuracy_sparse", "max"),
+    ],
 )
 def test_the_name_of_a_metric_says_what_is_better(tmp_path, monitor, mode):
     assert SafeCheckpoint(tmp_path, monitor=monitor).mode == mode

@@ -19,8 +19,8 @@ from evomoe.errors import ConfigError, EvomoeWarning
 from evomoe.run_length import is_last_step
 from evomoe.signals import StopRequest
 
-FALLING = ("loss", "perplexity")
-"""Words in the names of metrics of which less is better."""
+SCORES = ("accuracy", "bleu", "chrf", "exact_match", "f1", "matthews", "pearson", "spearman")
+"""Words in the names of metrics of which more is better."""
 
 
 class SafeCheckpoint(Checkpoint):
@@ -48,8 +48,8 @@ class SafeCheckpoint(Checkpoint):
         every_n_steps: optimizer steps between two saves.
         keep_last: number of newest checkpoints to keep; 2 or more leave a whole one if the disk damages the newest.
         monitor: logged metric that decides which checkpoint is the best.
-        mode: ``"min"`` or ``"max"``: whether less or more of it is better. None for ``"min"`` of a loss or a
-            perplexity and ``"max"`` of anything else, such as BLEU or an accuracy.
+        mode: ``"min"`` or ``"max"``: whether less or more of it is better. None for ``"max"`` of an
+            accuracy, BLEU and the other scores of the tasks, and ``"min"`` of anything else.
         config: the run's configuration in plain values, stored under ``checkpoint["evomoe"]["config"]``.
 
     Raises:
@@ -71,7 +71,7 @@ class SafeCheckpoint(Checkpoint):
         if keep_last < 1:
             raise ConfigError(f"keep_last={keep_last} must be at least 1, or there is nothing to resume from")
         if mode is None:
-            mode = "min" if any(word in monitor for word in FALLING) else "max"
+            mode = "max" if any(score in monitor for score in SCORES) else "min"
         if mode not in ("min", "max"):
             raise ConfigError(f"mode={mode!r} must be 'min', 'max' or null")
         self.run_dir = Path(run_dir)

@@ -16,6 +16,9 @@ from evomoe.errors import ConfigError
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
+TOOLS = frozenset({"__MACOSX", "__pycache__"})
+"""Names of folders that are no classes, as those that begin with a dot."""
+
 
 class ImageFolder(ImageSource):
     """A folder for each split, in it a folder for each class, in it the images.
@@ -55,9 +58,9 @@ class ImageFolder(ImageSource):
         return folder
 
     def _class_folders(self, split: str) -> list[Path]:
-        """The folders of the classes, without those that tools leave behind, such as `.ipynb_checkpoints`."""
+        """The folders of the classes, without those that tools leave behind."""
         folders = (path for path in self._folder(split).iterdir() if path.is_dir())
-        return sorted(path for path in folders if not path.name.startswith((".", "__")))
+        return sorted(path for path in folders if not (path.name.startswith(".") or path.name in TOOLS))
 
     def _read(self, split: str, classes: list[str]) -> LabelledImages:
         images, labels = [], []

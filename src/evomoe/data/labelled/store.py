@@ -127,19 +127,19 @@ def _classes(corpus: LabelledCorpus, progress: Progress) -> list[str]:
         raise ConfigError(f"all rows of data.train have the label {classes[0]!r}: there is nothing to tell apart")
     if len(classes) > _MOST_CLASSES or (len(classes) > _MOST_FRACTIONS and _are_fractions(classes)):
         raise ConfigError(
-            f"data.train has {len(classes):,} different labels, as numbers have: set data.regression=true, or name "
-            "another column with data.label=..."
+            f"data.train has {len(classes):,} different labels, as numbers have: set data.regression=true, name "
+            "another column with data.label=..., or write classes as words, such as v3.8"
         )
     return classes
 
 
 def _are_fractions(labels: Iterable[str]) -> bool:
-    """Whether all labels are numbers, and some of them not whole."""
+    """Whether all labels are finite numbers, and some of them not whole."""
     try:
         numbers = [float(label) for label in labels]
     except ValueError:
         return False
-    return not all(number.is_integer() for number in numbers)
+    return all(map(math.isfinite, numbers)) and not all(number.is_integer() for number in numbers)
 
 
 def _encode(rows: Iterator[Row], tokenizer: Tokenizer, classes: list[str] | None) -> EncodedRows:

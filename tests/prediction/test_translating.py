@@ -110,7 +110,7 @@ def test_the_longest_length_of_the_task_may_be_changed(translate, monkeypatch):
     monkeypatch.setattr("evomoe.tasks.translation.LengthLimit", lambda ratio, offset: LengthLimit(2.0, 7))
     translate("source=The", "max_length_offset=3")  # of a task that has a limit of its own
     assert limits[-1] == LengthLimit(2.0, 3)
-    with pytest.raises(ConfigError, match="max_length_offset=-1: expected 0 or above"):
+    with pytest.raises(ConfigError, match="max_length_offset=-1: expected a whole number of 0 or above"):
         translate("source=a", "max_length_offset=-1")
 
 

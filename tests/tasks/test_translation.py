@@ -253,7 +253,7 @@ def test_the_encoder_may_use_any_router_and_the_decoder_may_not(tmp_path: Path) 
         ({"beam": 0}, "task.beam=0: expected at least 1"),
         ({"val_sentences": -1}, "task.val_sentences=-1: expected at least 0"),
         ({"val_beam": 0}, "task.val_beam=0: expected at least 1"),
-        ({"max_length_ratio": -1.0}, "max_length_ratio=-1.0: expected 0 or above, or null"),
+        ({"max_length_ratio": -1.0}, "max_length_ratio=-1.0: expected a number of 0 or above, or null"),
         ({"bleu_tokenizer": "words"}, "task.bleu_tokenizer=words is unknown to sacrebleu; choose one of 13a, char"),
     ],
 )

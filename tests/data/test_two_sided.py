@@ -12,7 +12,7 @@ from rich.progress import Progress
 from evomoe.data.labelled.corpus import ColumnChoice
 from evomoe.data.labelled.files import LabelledFiles
 from evomoe.data.tokenizer import Sample, Tokenizer
-from evomoe.data.two_sided import LengthLimit, both_sides, encode, side_lengths, train_tokenizer
+from evomoe.data.two_sided import ContextLimit, both_sides, encode, side_lengths, train_tokenizer
 from evomoe.errors import ConfigError
 
 TOKENIZER = Tokenizer.train(["one two"], 260)
@@ -50,18 +50,18 @@ def test_the_tokenizer_of_labelled_rows_learns_from_a_sample_of_all(
 
 def test_training_items_that_are_too_long_are_kept_or_left_out() -> None:
     lengths = np.array([3, 9, 8, 10])
-    assert LengthLimit(8, "truncate").training_items(lengths, "row").tolist() == [0, 1, 2, 3]
-    assert LengthLimit(8, "drop").training_items(lengths, "row").tolist() == [0, 2]
+    assert ContextLimit(8, "truncate").training_items(lengths, "row").tolist() == [0, 1, 2, 3]
+    assert ContextLimit(8, "drop").training_items(lengths, "row").tolist() == [0, 2]
     with pytest.raises(ConfigError, match=r"^data.too_long=drop leaves no training row: all are .* data.context=2$"):
-        LengthLimit(2, "drop").training_items(lengths, "row")
+        ContextLimit(2, "drop").training_items(lengths, "row")
     with pytest.raises(ConfigError, match=r"^data.too_long=cut is unknown; use .*=truncate or data.too_long=drop$"):
-        LengthLimit(8, "cut")
+        ContextLimit(8, "cut")
 
 
 def test_the_log_says_what_becomes_of_items_that_are_too_long() -> None:
     lengths = {"train": np.array([3, 9, 8, 10]), "val": np.array([9]), "test": np.array([8])}
-    assert LengthLimit(8, "drop").describe(lengths) == (
+    assert ContextLimit(8, "drop").describe(lengths) == (
         ", 2 of train longer than data.context=8: left out, 1 of val longer than data.context=8: cut"
     )
-    assert LengthLimit(8, "truncate").describe(lengths).startswith(", 2 of train longer than data.context=8: cut, 1")
-    assert LengthLimit(10, "truncate").describe(lengths) == ""
+    assert ContextLimit(8, "truncate").describe(lengths).startswith(", 2 of train longer than data.context=8: cut, 1")
+    assert ContextLimit(10, "truncate").describe(lengths) == ""

@@ -79,7 +79,7 @@ def side_lengths(ends: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class LengthLimit:
+class ContextLimit:
     """The most tokens of an item, and what becomes of training items that have more; evaluations cut them.
 
     Args:

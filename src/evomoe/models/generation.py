@@ -132,11 +132,13 @@ def trace_experts(
     for name, routing in zip(model.moe_layers, routings, strict=True):
         weights = routing.to_dense().unflatten(0, tokens.shape).cpu()  # (B, S, E)
         for trace, window, row in zip(traces, windows, weights, strict=True):
-            trace[name] = [
-                [(expert, float(token[expert])) for expert in token.nonzero()[:, 0].tolist()]
-                for token in row[: len(window)]
-            ]
+            trace[name] = working_experts(row[: len(window)])
     return traces
+
+
+def working_experts(weights: Tensor) -> list[list[tuple[int, float]]]:
+    """The experts of each token with their combine weights ``(T, E)``, those without one left out."""
+    return [[(expert, float(token[expert])) for expert in token.nonzero()[:, 0].tolist()] for token in weights]
 
 
 def sample(

@@ -57,7 +57,7 @@ def classify(restored: Restored, config: DictConfig) -> list[str]:
         elif number in rows:
             console.rule()
             print_text(first if second is None else f"{first}\n{second}")
-            if number in cut:
+            if wholes[number] > context:
                 print_text(f"({wholes[number]} tokens, of which the model reads {context})")
             _show(console, ranked[: config.candidates])
             if config.show_experts:

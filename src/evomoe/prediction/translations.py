@@ -14,11 +14,10 @@ from rich.table import Table
 from evomoe.data import Tokenizer
 from evomoe.errors import ConfigError, EvomoeWarning
 from evomoe.models.beam_search import Hypothesis, LengthLimit, beam_search
-from evomoe.models.generation import TokenExperts, evaluating
+from evomoe.models.generation import TokenExperts, evaluating, working_experts
 from evomoe.models.transformer import Transformer
 from evomoe.prediction.common import by_length, expert_table, plain_console, print_text, read_texts, track
 from evomoe.restoring import Restored
-from evomoe.routing import Routing
 from evomoe.tasks import Translation
 
 TOO_LONG = ("refuse", "truncate", "drop")
@@ -153,11 +152,9 @@ def trace_translation(
     device = model.token_embedding.weight.device
     with evaluating(model):
         _, routings = model(torch.tensor([source], device=device), torch.tensor([target], device=device))
-    traces = {name: _pairs(routing) for name, routing in zip(model.moe_layers, routings, strict=True)}
+    traces = {
+        name: working_experts(routing.to_dense().cpu())
+        for name, routing in zip(model.moe_layers, routings, strict=True)
+    }
     encoder = {name: trace for name, trace in traces.items() if name.startswith("encoder")}
     return encoder, {name: trace for name, trace in traces.items() if name not in encoder}
-
-
-def _pairs(routing: Routing) -> list[list[tuple[int, float]]]:
-    weights = routing.to_dense().cpu()  # (T, E)
-    return [[(expert, float(token[expert])) for expert in token.nonzero()[:, 0].tolist()] for token in weights]

@@ -24,7 +24,7 @@ from evomoe.data.sampling import (
     rank_and_world_size,
     training_loader,
 )
-from evomoe.data.two_sided import LengthLimit
+from evomoe.data.two_sided import ContextLimit
 from evomoe.errors import ConfigError
 
 SHORTEST_CONTEXT = 5  # two sentences of a token each, and their markers
@@ -71,7 +71,7 @@ class LabelledDataModule(StoredDataModule[LabelledStore]):
         super().__init__(corpus, cache_dir, vocab_size, sizes, num_workers, seed)
         if context < SHORTEST_CONTEXT:
             raise ConfigError(f"data.context={context} must be at least {SHORTEST_CONTEXT}: a marker, and a few tokens")
-        self.limit = LengthLimit(context, too_long)
+        self.limit = ContextLimit(context, too_long)
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.regression = regression

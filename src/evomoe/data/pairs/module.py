@@ -14,7 +14,7 @@ from evomoe.data.pairs.cldr import LocalePairs
 from evomoe.data.pairs.corpus import HubPairs, PairCorpus, ParallelFiles
 from evomoe.data.pairs.store import PairStore
 from evomoe.data.sampling import Batch, ResumableDataLoader, evaluation_loader, rank_and_world_size, training_loader
-from evomoe.data.two_sided import LengthLimit
+from evomoe.data.two_sided import ContextLimit
 
 
 class PairDataModule(StoredDataModule[PairStore]):
@@ -54,7 +54,7 @@ class PairDataModule(StoredDataModule[PairStore]):
     ) -> None:
         sizes = {"context": context, "batch_tokens": batch_tokens, "eval_batch_tokens": eval_batch_tokens}
         super().__init__(corpus, cache_dir, vocab_size, sizes, num_workers, seed)
-        self.limit = LengthLimit(context, too_long)
+        self.limit = ContextLimit(context, too_long)
         self.batch_tokens = batch_tokens
         self.eval_batch_tokens = batch_tokens if eval_batch_tokens is None else eval_batch_tokens
 

@@ -27,7 +27,7 @@ def test_digits_are_those_of_scikit_learn_each_in_one_split():
     )
     shares = [np.bincount(split.labels) / len(split) for split in images.splits.values()]
     assert np.ptp(shares, axis=0).max() < 0.005
-    assert images.digest() == Digits().load().digest() != Digits(holdout=0.2).load().digest()
+    assert images.summary.digest == Digits().load().summary.digest != Digits(holdout=0.2).load().summary.digest
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])

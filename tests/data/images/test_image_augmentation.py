@@ -9,7 +9,7 @@ from data.tiny_images import draw
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomoe.data.images.augmentation import POLICIES, Augmentation, crop_at
+from evomoe.data.images.augmentation import POLICIES, Augmentation, crop_at, cut_out
 from evomoe.errors import ConfigError
 
 IMAGE = draw(1, size=5).images[0]
@@ -28,6 +28,32 @@ def test_every_shift_is_drawn_equally_often():
     counts = np.array([seen.count(shift) for shift in shifts])
     assert counts.sum() == 1800
     assert ((counts - 200) ** 2 / 200).sum() < 26.1  # chi square with 8 degrees of freedom: 0.1 %
+
+
+@given(st.floats(0.01, 1), *[st.integers(0, 2**64 - 1)] * 4)
+def test_a_part_is_cut_out_and_scaled_as_pillow_does(area, share, aspect, top, left):
+    Image = pytest.importorskip("PIL.Image")
+    smooth = np.add.outer(np.arange(24), 3 * np.arange(24)).astype(np.uint8)
+    scaled = cut_out(np.stack([smooth, smooth.T]), area, share, aspect, top, left)
+    assert scaled.shape == (2, 24, 24)
+    pixels = 24 * 24 * (area + (1 - area) * share / 2**64)
+    width_by_height = np.exp((2 * aspect / 2**64 - 1) * np.log(4 / 3))
+    width = min(24, max(1, round(float(np.sqrt(pixels * width_by_height)))))
+    height = min(24, max(1, round(float(np.sqrt(pixels / width_by_height)))))
+    x, y = left % (25 - width), top % (25 - height)
+    part = Image.fromarray(smooth).crop((x, y, x + width, y + height))
+    expected = np.asarray(part.resize((24, 24), Image.Resampling.BILINEAR)).astype(int)
+    assert abs(scaled[0] - expected).max() <= 1
+
+
+def test_parts_have_all_sizes_and_places():
+    ramp = np.tile(np.arange(0, 240, 10, dtype=np.uint8), (1, 24, 1))
+    parts = [Augmentation(area=0.25)(ramp, 0, 0, number)[0].astype(int) for number in range(400)]
+    widths = np.array([part[0, -1] - part[0, 0] + 10 for part in parts]) / 240
+    assert widths.min() < 0.55
+    assert widths.max() > 0.95
+    assert abs(np.mean([part.mean() for part in parts]) - ramp.mean()) < 5
+    assert all(np.array_equal(part, np.tile(part[:1], (24, 1))) for part in parts)
 
 
 def test_every_second_image_is_mirrored():
@@ -82,6 +108,8 @@ def test_no_augmentation_is_the_image_itself():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"area": 0.0}, "data.augmentation.area=0.0: expected a share above 0"),
+        ({"area": 1.1}, "data.augmentation.area=1.1: expected a share above 0"),
         ({"crop": -1}, "data.augmentation.crop=-1: expected 0 or more"),
         ({"crop_fill": 256}, "data.augmentation.crop_fill=256: expected a value of a pixel, 0 to 255"),
         ({"policy": "auto"}, "data.augmentation.policy=auto is unknown: expected one of rand_augment, trivial_augment"),

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import io
+import pickle
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from data.tiny_images import draw, write_folder
 
-from evomoe.data.images.files import Decoder, HubImages, ImageFolder
+from evomoe.data.images.decoder import Decoder
+from evomoe.data.images.files import HubImages, ImageFolder
+from evomoe.data.images.source import ImageSet, LabelledImages
 from evomoe.errors import ConfigError
 
 pytest.importorskip("PIL")
@@ -23,7 +27,7 @@ def folder(tmp_path):
 
 
 def test_a_class_is_a_folder(folder):
-    images = ImageFolder(folder, holdout=0.25).load()
+    images = ImageFolder(folder, folder / "cache", holdout=0.25).load()
     assert images.classes == NAMES
     assert [len(split) for split in images.splits.values()] == [9, 3, 6]
     for split in images.splits.values():
@@ -34,38 +38,38 @@ def test_a_class_is_a_folder(folder):
 
 def test_a_folder_of_validation_images_is_used(folder):
     write_folder(folder, {"val": draw(3, seed=2)}, NAMES)
-    assert [len(split) for split in ImageFolder(folder).load().splits.values()] == [12, 3, 6]
+    assert [len(split) for split in ImageFolder(folder, folder / "cache").load().splits.values()] == [12, 3, 6]
 
 
 def test_grey_and_other_modes_become_the_wanted_channels(folder):
     Image.new("LA", (8, 8), (7, 128)).save(folder / "train" / "cat" / "extra.png")
-    assert ImageFolder(folder, holdout=0.25).load().shape == (3, 8, 8)
-    assert ImageFolder(folder, channels=1, holdout=0.25).load().shape == (1, 8, 8)
+    assert ImageFolder(folder, folder / "cache", holdout=0.25).load().shape == (3, 8, 8)
+    assert ImageFolder(folder, folder / "cache", channels=1, holdout=0.25).load().shape == (1, 8, 8)
 
 
 def test_a_file_that_is_no_image_is_named(folder):
     path = folder / "train" / "dog" / "broken.jpg"
     path.write_bytes(b"nothing")
     with pytest.raises(ConfigError, match=re.escape(f"{path} is no image that can be read: replace or delete it")):
-        ImageFolder(folder).load()
+        ImageFolder(folder, folder / "cache", holdout=0.25).load()
     whole = (folder / "train" / "dog" / "001.png").read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ConfigError, match=re.escape(f"{path} is no image that can be read (")):
-        ImageFolder(folder).load()
+        ImageFolder(folder, folder / "cache", holdout=0.25).load()
     path.rename(path.with_name("notes.txt"))
-    assert len(ImageFolder(folder, holdout=0.25).load().splits["test"]) == 6
+    assert len(ImageFolder(folder, folder / "cache", holdout=0.25).load().splits["test"]) == 6
 
 
 def test_pixels_of_more_than_eight_bits_are_refused(folder):
     path = folder / "train" / "cat" / "deep.png"
     Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(path)
     with pytest.raises(ConfigError, match=r"deep.png has pixels of more than 8 bits \(mode I;16\): convert it to 8"):
-        ImageFolder(folder).load()
+        ImageFolder(folder, folder / "cache", holdout=0.25).load()
     path.unlink()
     path = path.with_suffix(".tiff")
     Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(path)
     with pytest.raises(ConfigError, match=r"deep.tiff has pixels of more than 8 bits \(mode F\)"):
-        ImageFolder(folder).load()
+        ImageFolder(folder, folder / "cache", holdout=0.25).load()
 
 
 def test_an_image_stands_as_the_camera_was_held(tmp_path):
@@ -82,32 +86,80 @@ def test_an_image_stands_as_the_camera_was_held(tmp_path):
 def test_a_folder_that_is_no_class(folder):
     for name in (".ipynb_checkpoints", "__pycache__"):
         (folder / "train" / name).mkdir()
-    assert ImageFolder(folder, holdout=0.25).load().classes == NAMES
+    assert ImageFolder(folder, folder / "cache", holdout=0.25).load().classes == NAMES
     (folder / "train" / "fox").mkdir()
     with pytest.raises(ConfigError, match="^the class 'fox' has no training image: add some to .*fox, or delete it"):
-        ImageFolder(folder).load()
+        ImageFolder(folder, folder / "cache", holdout=0.25).load()
 
 
 def test_what_is_missing_is_named(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"data.path=.*nowhere does not exist"):
-        ImageFolder(tmp_path / "nowhere")
+        ImageFolder(tmp_path / "nowhere", tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"there is no folder .*train: expected data.path="):
-        ImageFolder(tmp_path / "empty").load()
+        ImageFolder(tmp_path / "empty", tmp_path).load()
     write_folder(folder, {"test": draw(4, classes=4, seed=1)}, [*NAMES, "fox"])
     with pytest.raises(ConfigError, match="the class 'fox' of the test split has no training image"):
-        ImageFolder(folder).load()
+        ImageFolder(folder, folder / "cache", holdout=0.25).load()
     (folder / "val").mkdir()
     with pytest.raises(ConfigError, match=r"val holds no image: expected a folder of images for each class"):
-        ImageFolder(folder).load()
+        ImageFolder(folder, folder / "cache", holdout=0.25).load()
+
+
+def test_images_are_decoded_once_and_again_where_a_file_changed(folder, monkeypatch):
+    cache = folder / "cache"
+    decoded = []
+    decode = Decoder.decode
+    monkeypatch.setattr(Decoder, "decode", lambda self, *source: decoded.append(source) or decode(self, *source))
+    first = ImageFolder(folder, cache, holdout=0.25).load()
+    assert len(decoded) == 1 + 12 + 6  # the first one tells the size
+    again = ImageFolder(folder, cache, holdout=0.25).load()
+    assert len(decoded) == 19
+    assert first.summary.digest == again.summary.digest
+    assert np.array_equal(first.summary.counts, again.summary.counts)
+    in_memory = {name: LabelledImages(np.array(split.images), split.labels) for name, split in first.splits.items()}
+    assert ImageSet(in_memory, NAMES).summary.digest == first.summary.digest
+    path = folder / "train" / "dog" / "001.png"
+    Image.fromarray(np.full((8, 8, 3), 9, dtype=np.uint8)).save(path)
+    assert ImageFolder(folder, cache, holdout=0.25).load().summary.digest != first.summary.digest
+    assert len(list(cache.glob("[!.]*"))) == 2
+
+
+def test_a_mapped_split_travels_as_its_path(folder):
+    split = ImageFolder(folder, folder / "cache", holdout=0.25).load().splits["test"]
+    assert isinstance(split.images, np.memmap)
+    content = pickle.dumps(split)
+    assert len(content) < split.images.nbytes
+    there = pickle.loads(content)
+    assert isinstance(there.images, np.memmap)
+    assert np.array_equal(there.images, split.images)
+    assert np.array_equal(there.labels, split.labels)
+
+
+def test_images_that_do_not_fit_on_the_disk_are_refused(folder, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    message = r"the decoded images need 0.0 GB in paths.cache_dir=.*cache, where 0.0 GB are free: choose another folder"
+    with pytest.raises(ConfigError, match=message):
+        ImageFolder(folder, folder / "cache", holdout=0.25).load()
+    assert not list((folder / "cache").iterdir())
+
+
+@pytest.mark.parametrize("name", ["meta.json", "val.npy", "test_labels.npy"])
+def test_a_damaged_cache_is_named(folder, name):
+    ImageFolder(folder, folder / "cache", holdout=0.25).load()
+    (store,) = (folder / "cache").iterdir()
+    (store / name).write_bytes((store / name).read_bytes()[:100])
+    with pytest.raises(ConfigError, match=re.escape(f"the data cache {store} is damaged (")) as caught:
+        ImageFolder(folder, folder / "cache", holdout=0.25).load()
+    assert "\n" not in str(caught.value)
 
 
 def test_images_of_several_sizes_need_one(folder):
     path = folder / "train" / "cat" / "wide.png"
     Image.new("RGB", (20, 10)).save(path)
     with pytest.raises(ConfigError, match=r"wide.png has 10 x 20 pixels and .*000.png 8 x 8: set data.image_size"):
-        ImageFolder(folder).load()
-    assert ImageFolder(folder, image_size=6, holdout=0.25).load().shape == (3, 6, 6)
+        ImageFolder(folder, folder / "cache", holdout=0.25).load()
+    assert ImageFolder(folder, folder / "cache", image_size=6, holdout=0.25).load().shape == (3, 6, 6)
 
 
 def test_resizing_keeps_the_middle():
@@ -128,7 +180,7 @@ def test_resizing_keeps_the_middle():
 )
 def test_options_out_of_range_are_refused(options, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        ImageFolder(tmp_path, **options)
+        ImageFolder(tmp_path, tmp_path, **options)
 
 
 def write_hub(folder, named: bool):
@@ -148,7 +200,7 @@ def write_hub(folder, named: bool):
 def test_a_data_set_of_the_hub(tmp_path, named, monkeypatch):
     write_hub(tmp_path, named)
     options = {"image_field": "picture", "label_field": "kind", "holdout": 0.25}
-    images = HubImages(str(tmp_path), **options).load()
+    images = HubImages(str(tmp_path), tmp_path / "cache", **options).load()
     assert images.classes == NAMES
     assert [len(split) for split in images.splits.values()] == [9, 3, 6]
     assert np.array_equal(images.splits["test"].images, draw(6, seed=1).images)
@@ -158,7 +210,7 @@ def test_a_data_set_of_the_hub(tmp_path, named, monkeypatch):
 def test_a_column_or_split_that_does_not_exist_is_named(tmp_path):
     write_hub(tmp_path, named=True)
     with pytest.raises(ConfigError, match="data.image_field=image is no column of .*; choose one of picture, kind"):
-        HubImages(str(tmp_path)).load()
+        HubImages(str(tmp_path), tmp_path / "cache").load()
     with pytest.raises(ConfigError, match=r"data.val=validation of .*[Uu]nknown split") as caught:
-        HubImages(str(tmp_path), val="validation", image_field="picture", label_field="kind").load()
+        HubImages(str(tmp_path), tmp_path / "cache", val="validation", image_field="picture", label_field="kind").load()
     assert "\n" not in str(caught.value)

@@ -50,12 +50,12 @@ def test_shares_that_leave_nothing_are_refused(shares):
 
 def test_given_validation_images_stay():
     train, val, test = three().values()
-    given_val = with_validation(train, test, NAMES, 0.1, val)
-    assert given_val.splits["val"] is val
-    assert len(given_val.splits["train"]) == 30
-    held_out = with_validation(train, test, NAMES, 0.2)
-    assert [len(split) for split in held_out.splits.values()] == [24, 6, 7]
-    assert list(held_out.splits) == ["train", "val", "test"]
+    given_val = with_validation(train, test, 0.1, val)
+    assert given_val["val"] is val
+    assert len(given_val["train"]) == 30
+    held_out = with_validation(train, test, 0.2)
+    assert [len(split) for split in held_out.values()] == [24, 6, 7]
+    assert list(held_out) == ["train", "val", "test"]
 
 
 @pytest.mark.parametrize(
@@ -87,5 +87,13 @@ def test_the_digest_sees_every_pixel_label_and_name():
         *(changed(split, images=1) for split in three()),
         *(changed(split, labels=1) for split in three()),
     ]
-    assert len({images.digest() for images in sets}) == len(sets)
-    assert ImageSet(three(), NAMES).digest() == sets[0].digest()
+    assert len({images.summary.digest for images in sets}) == len(sets)
+    assert ImageSet(three(), NAMES).summary.digest == sets[0].summary.digest
+
+
+def test_the_values_of_the_training_pixels_are_counted():
+    splits = three()
+    counts = ImageSet(splits, NAMES).summary.counts
+    for channel in range(3):
+        for value in (0, 7, 255):
+            assert counts[channel, value] == (splits["train"].images[:, channel] == value).sum()

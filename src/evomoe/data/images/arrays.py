@@ -83,7 +83,7 @@ class IdxFiles(ImageSource):
         """Read the files."""
         train, test = self._read("train"), self._read("t10k")
         classes = [str(label) for label in range(1 + max(int(split.labels.max(initial=0)) for split in (train, test)))]
-        return with_validation(train, test, classes, self._holdout)
+        return ImageSet(with_validation(train, test, self._holdout), classes)
 
     def _read(self, prefix: str) -> LabelledImages:
         image_file, images = read_idx(self._path / f"{prefix}-images-idx3-ubyte", IDX_IMAGES)
@@ -156,7 +156,7 @@ class Cifar(ImageSource):
             train = self._read_binary([f"data_batch_{number}.bin" for number in range(1, 6)], label_bytes=1)
             test = self._read_binary(["test_batch.bin"], label_bytes=1)
         classes = [str(label) for label in range(1 + max(int(split.labels.max(initial=0)) for split in (train, test)))]
-        return with_validation(train, test, classes, self._holdout)
+        return ImageSet(with_validation(train, test, self._holdout), classes)
 
     def _read_binary(self, names: list[str], label_bytes: int) -> LabelledImages:
         parts = []

@@ -1,17 +1,20 @@
-"""Images that Pillow decodes: folders of files, and data sets of the Hub."""
+"""Images that Pillow decodes, once for all runs: folders of files, and data sets of the Hub."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from io import BytesIO
+from abc import abstractmethod
+from functools import partial
+from hashlib import blake2b
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from evomoe.data.hub import HubDataset, first_line
-from evomoe.data.images.source import ImageSet, ImageSource, LabelledImages, existing, with_validation
+from evomoe.data.corpus import SPLITS
+from evomoe.data.hub import HubDataset
+from evomoe.data.images.decoder import Decoder
+from evomoe.data.images.source import ImageSet, ImageSource, existing, with_validation
+from evomoe.data.images.store import EncodedImages, build_store, open_store
 from evomoe.errors import ConfigError
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -20,11 +23,43 @@ TOOLS = frozenset({"__MACOSX", "__pycache__"})
 """Names of folders that are no classes, as those that begin with a dot."""
 
 
-class ImageFolder(ImageSource):
+class EncodedSource(ImageSource):
+    """Where images come from that have to be decoded, which the first run does for all.
+
+    Args:
+        cache_dir: Folder of the decoded images.
+        decoder: What decodes them.
+        holdout: Share of the training images of each class that is held out where there is no validation split.
+    """
+
+    def __init__(self, cache_dir: str | Path, decoder: Decoder, holdout: float) -> None:
+        self._cache_dir = Path(cache_dir).expanduser()
+        self._decoder = decoder
+        self._holdout = holdout
+
+    def prepare(self) -> None:
+        """Decode all images, unless the cache holds them."""
+        self.load()
+
+    def load(self) -> ImageSet:
+        """Return the decoded images, as mapped files of the cache."""
+        splits, classes, version = self._encoded()
+        train, test = splits["train"], splits["test"]
+        splits = with_validation(train, test, self._holdout, splits.get("val"))
+        identity = {**self.identity(), "version": version}
+        return open_store(build_store(splits, classes, self._decoder, identity, self._cache_dir))
+
+    @abstractmethod
+    def _encoded(self) -> tuple[dict[str, EncodedImages], list[str], str]:
+        """Return the splits that there are, the names of the classes, and what changes when an image does."""
+
+
+class ImageFolder(EncodedSource):
     """A folder for each split, in it a folder for each class, in it the images.
 
     Args:
         path: Folder of the folders `train`, `test`, and perhaps `val`.
+        cache_dir: Folder of the decoded images.
         image_size: Height and width of the images, which are resized by their shorter side and cut to the middle; None
             if all have one size.
         channels: 3 for colours, 1 for grey.
@@ -35,21 +70,33 @@ class ImageFolder(ImageSource):
     """
 
     def __init__(
-        self, path: str | Path, image_size: int | None = None, channels: int = 3, holdout: float = 0.1
+        self,
+        path: str | Path,
+        cache_dir: str | Path,
+        image_size: int | None = None,
+        channels: int = 3,
+        holdout: float = 0.1,
     ) -> None:
+        super().__init__(cache_dir, Decoder(image_size, channels), holdout)
         self._path = existing(path)
-        self._decoder = Decoder(image_size, channels)
-        self._holdout = holdout
 
     def identity(self) -> dict[str, Any]:
         """Return the options, without the place of the files."""
         return {"images": "folder", "holdout": self._holdout, **self._decoder.options}
 
-    def load(self) -> ImageSet:
-        """Decode all images."""
+    def _encoded(self) -> tuple[dict[str, EncodedImages], list[str], str]:
         classes = [folder.name for folder in self._class_folders("train")]
-        val = self._read("val", classes) if (self._path / "val").is_dir() else None
-        return with_validation(self._read("train", classes), self._read("test", classes), classes, self._holdout, val)
+        version = blake2b(digest_size=16)
+        splits = {}
+        for split in SPLITS:
+            if split == "val" and not (self._path / split).is_dir():
+                continue
+            files, labels = self._files(split, classes)
+            for file in files:
+                stat = file.stat()
+                version.update(f"{file.relative_to(self._path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+            splits[split] = EncodedImages(labels, partial(_file, files))
+        return splits, classes, version.hexdigest()
 
     def _folder(self, split: str) -> Path:
         folder = self._path / split
@@ -62,8 +109,10 @@ class ImageFolder(ImageSource):
         folders = (path for path in self._folder(split).iterdir() if path.is_dir())
         return sorted(path for path in folders if not (path.name.startswith(".") or path.name in TOOLS))
 
-    def _read(self, split: str, classes: list[str]) -> LabelledImages:
-        images, labels = [], []
+    def _files(self, split: str, classes: list[str]) -> tuple[list[Path], np.ndarray]:
+        """The images of a split, and the class of each."""
+        images: list[Path] = []
+        labels: list[int] = []
         for folder in self._class_folders(split):
             if folder.name not in classes:
                 raise ConfigError(
@@ -75,19 +124,23 @@ class ImageFolder(ImageSource):
                 raise ConfigError(
                     f"the class {folder.name!r} has no training image: add some to {folder}, or delete it"
                 )
-            for file in files:
-                images.append(self._decoder.decode(file, str(file)))
-                labels.append(classes.index(folder.name))
+            images += files
+            labels += [classes.index(folder.name)] * len(files)
         if not images:
             raise ConfigError(f"{self._path / split} holds no image: expected a folder of images for each class")
-        return self._decoder.stack(images, labels)
+        return images, np.array(labels, dtype=np.int64)
 
 
-class HubImages(ImageSource):
+def _file(files: list[Path], number: int) -> tuple[Path, str]:
+    return files[number], str(files[number])
+
+
+class HubImages(EncodedSource):
     """A data set of the Hub, or a local folder that `datasets` can read, with a column of images and one of labels.
 
     Args:
         name: Name on the Hub, or path of a folder.
+        cache_dir: Folder of the decoded images.
         config: Configuration of the data set.
         train: Name of its training split.
         val: Name of its validation split; None holds it out of `train`.
@@ -106,6 +159,7 @@ class HubImages(ImageSource):
     def __init__(
         self,
         name: str,
+        cache_dir: str | Path,
         config: str | None = None,
         train: str = "train",
         val: str | None = None,
@@ -116,35 +170,30 @@ class HubImages(ImageSource):
         channels: int = 3,
         holdout: float = 0.1,
     ) -> None:
+        super().__init__(cache_dir, Decoder(image_size, channels), holdout)
         self._hub = HubDataset(name, config, train, val, test)
         self._image_field = image_field
         self._label_field = label_field
-        self._decoder = Decoder(image_size, channels)
-        self._holdout = holdout
-
-    def prepare(self) -> None:
-        """Download the data set."""
-        self._hub.table("train")
 
     def identity(self) -> dict[str, Any]:
         """Return the options and the hash that `datasets` gives this revision of the data."""
         return {
             "images": "hub",
             **self._hub.identity(),
+            "fields": [self._image_field, self._label_field],
             "holdout": self._holdout,
             **self._decoder.options,
         }
 
-    def load(self) -> ImageSet:
-        """Decode all images."""
+    def _encoded(self) -> tuple[dict[str, EncodedImages], list[str], str]:
         tables = {split: self._table(split) for split in self._hub.splits}
         feature = tables["train"].features[self._label_field]
         named = hasattr(feature, "names")  # else the labels are numbers or words of any kind
         values = range(len(feature.names)) if named else sorted(set(tables["train"][self._label_field]))
         classes = list(feature.names) if named else [str(value) for value in values]
         numbers = {value: number for number, value in enumerate(values)}
-        splits = {split: self._read(split, table, numbers) for split, table in tables.items()}
-        return with_validation(splits["train"], splits["test"], classes, self._holdout, splits.get("val"))
+        splits = {split: self._rows(split, table, numbers) for split, table in tables.items()}
+        return splits, classes, self._hub.builder.hash
 
     def _table(self, split: str) -> Any:
         table = self._hub.table(split)
@@ -156,95 +205,21 @@ class HubImages(ImageSource):
                 )
         return table
 
-    def _read(self, split: str, table: Any, numbers: dict[Any, int]) -> LabelledImages:
+    def _rows(self, split: str, table: Any, numbers: dict[Any, int]) -> EncodedImages:
         from datasets import Image
 
         # The bytes, so that the decoder here can name the row of one that is broken.
         rows = table.cast_column(self._image_field, Image(decode=False))
-        images, labels = [], []
-        for row, item in enumerate(rows):
-            source = item[self._image_field]
-            images.append(self._decoder.decode(source["bytes"] or Path(source["path"]), f"row {row} of {split}"))
-            value = item[self._label_field]
+        labels = []
+        for value in table[self._label_field]:
             if value not in numbers:
                 raise ConfigError(
                     f"the class {value!r} of the {split} split has no training image: add some, or leave the class out"
                 )
             labels.append(numbers[value])
-        return self._decoder.stack(images, labels)
 
+        def read(row: int) -> tuple[Path | bytes, str]:
+            source = rows[row][self._image_field]
+            return source["bytes"] or Path(source["path"]), f"row {row} of {split}"
 
-class Decoder:
-    """Turns encoded images into arrays of one shape.
-
-    Args:
-        image_size: Height and width, or None if all images have one size.
-        channels: 3 for colours, 1 for grey.
-
-    Raises:
-        ConfigError: Pillow is not installed, or an option is out of range.
-    """
-
-    def __init__(self, image_size: int | None, channels: int) -> None:
-        if image_size is not None and image_size < 1:
-            raise ConfigError(f"data.image_size={image_size} must be at least 1, or null for the size of the files")
-        if channels not in (1, 3):
-            raise ConfigError(f"data.channels={channels}: expected 3 for colours or 1 for grey")
-        self._pillow = _load_pillow()
-        from PIL.ImageOps import exif_transpose  # cameras write how they were held
-
-        self._upright = exif_transpose
-        self.options = {"image_size": image_size, "channels": channels}
-        self._image_size = image_size
-        self._mode = "RGB" if channels == 3 else "L"
-        self._first: tuple[str, tuple[int, ...]] | None = None
-
-    def decode(self, source: Path | bytes, name: str) -> np.ndarray:
-        """Return an image as `(C, H, W)` uint8.
-
-        Args:
-            source: A file, or its content.
-            name: What an error message calls it.
-
-        Raises:
-            ConfigError: It is no image, or of another size than the first one.
-        """
-        try:
-            with self._pillow.open(source if isinstance(source, Path) else BytesIO(source)) as opened:
-                kind = opened.mode
-                image = self._upright(opened).convert(self._mode)
-        except (OSError, ValueError, SyntaxError, self._pillow.DecompressionBombError) as error:
-            reason = "" if isinstance(error, self._pillow.UnidentifiedImageError) else f" ({first_line(error)})"
-            raise ConfigError(f"{name} is no image that can be read{reason}: replace or delete it") from None
-        if kind.startswith(("I", "F")):  # which Pillow would clip to 255
-            raise ConfigError(f"{name} has pixels of more than 8 bits (mode {kind}): convert it to 8 bits a channel")
-        if self._image_size is not None:
-            image = self._resize(image, self._image_size)
-        pixels = np.asarray(image)
-        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        first_name, shape = self._first = self._first or (name, pixels.shape)
-        if pixels.shape != shape:
-            raise ConfigError(
-                f"{name} has {pixels.shape[1]} x {pixels.shape[2]} pixels and {first_name} {shape[1]} x {shape[2]}: "
-                f"set data.image_size, as in data.image_size={min(shape[1:])}"
-            )
-        return pixels
-
-    def stack(self, images: Sequence[np.ndarray], labels: Sequence[int]) -> LabelledImages:
-        """Return decoded images and their classes as a split."""
-        return LabelledImages(np.stack(images), np.array(labels, dtype=np.int64))
-
-    def _resize(self, image: Any, size: int) -> Any:
-        """Scale the shorter side to `size`, and cut a square out of the middle."""
-        scale = size / min(image.size)
-        width, height = (max(size, round(side * scale)) for side in image.size)
-        left, top = (width - size) // 2, (height - size) // 2
-        return image.resize((width, height), self._pillow.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-
-
-def _load_pillow() -> ModuleType:
-    try:
-        import PIL.Image
-    except ImportError as error:
-        raise ConfigError('image files need the package Pillow; run pip install -e ".[vision]"') from error
-    return PIL.Image
+        return EncodedImages(np.array(labels, dtype=np.int64), read)

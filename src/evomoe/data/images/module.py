@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,6 @@ from evomoe.data.sampling import (
 from evomoe.errors import ConfigError
 
 NO_AUGMENTATION = Augmentation()
-_IMAGES_AT_ONCE = 256  # whose pixels are counted as 64-bit integers
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
@@ -66,7 +66,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         epoch, index = item if isinstance(item, tuple) else (0, item)
         if index >= len(self):
             return {"images": np.zeros(self._split.images.shape[1:], np.float32), "labels": 0, "valid": False}
-        image = self._augmentation(self._split.images[index], self._seed, epoch, index)
+        image = self._augmentation(np.array(self._split.images[index]), self._seed, epoch, index)
         label = int(self._split.labels[index])
         return {"images": image * self._scale - self._shift, "labels": label, "valid": True}
 
@@ -82,9 +82,9 @@ class ImageSampler(TrainingSampler):
 class ImageDataModule(IdentifiedDataModule):
     """Batches `{"images": (B, C, H, W) float32, "labels": (B,) int64, "valid": (B,) bool}`, for classification.
 
-    The images lie in memory as bytes. Each channel is normalised to mean 0 and standard deviation 1 over the training
-    split. An image that is not valid is padding, of which a run of several processes may have one each in its last
-    evaluation batch.
+    The images lie as bytes in memory, or in a mapped file where they had to be decoded. Each channel is normalised to
+    mean 0 and standard deviation 1 over the training split. An image that is not valid is padding, of which a run of
+    several processes may have one each in its last evaluation batch.
 
     Args:
         source: The images.
@@ -119,7 +119,7 @@ class ImageDataModule(IdentifiedDataModule):
         self._images: ImageSet | None = None
 
     def prepare_data(self) -> None:
-        """Download what is missing."""
+        """Download and decode what is missing."""
         self.source.prepare()
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
@@ -135,8 +135,7 @@ class ImageDataModule(IdentifiedDataModule):
         if height != width:
             raise ConfigError(f"the images have {height} x {width} pixels: expected square ones; cut or pad them")
         self._images = images
-        pixels = images.splits["train"].images
-        if (pixels.min(axis=(0, 2, 3)) == pixels.max(axis=(0, 2, 3))).all():
+        if (np.count_nonzero(images.summary.counts, axis=1) == 1).all():
             raise ConfigError("every channel of the training images is constant: there is nothing to learn from them")
 
     @property
@@ -165,11 +164,7 @@ class ImageDataModule(IdentifiedDataModule):
     def _moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Exact, from the counts of the 256 values of a pixel."""
         values = np.arange(256) / 255
-        images = self.images.splits["train"].images
-        counts = np.zeros((images.shape[1], 256), np.int64)  # (C, 256)
-        for start in range(0, len(images), _IMAGES_AT_ONCE):
-            planes = images[start : start + _IMAGES_AT_ONCE].swapaxes(0, 1)
-            counts += [np.bincount(plane.ravel(), minlength=256) for plane in planes]
+        counts = self.images.summary.counts
         shares = counts / counts.sum(axis=1, keepdims=True)
         mean = shares @ values
         variance = (shares * (values - mean[:, None]) ** 2).sum(axis=1)
@@ -179,7 +174,7 @@ class ImageDataModule(IdentifiedDataModule):
     def identity(self) -> dict[str, Any]:
         """Plain values that tell these images from others."""
         counts = {split: len(images) for split, images in self.images.splits.items()}
-        return {**self.source.identity(), **counts, "classes": len(self.classes), "content": self.images.digest()}
+        return {**self.source.identity(), **counts, "classes": len(self.classes), "content": self.images.summary.digest}
 
     def meaning(self) -> dict[str, Any]:
         """Return the names of the classes, and mean and deviation of the channels, by which they are normalised."""
@@ -299,13 +294,21 @@ class FolderImages(ImageDataModule):
         image_size: Height and width to which the images are brought; None if all have one size.
         channels: 3 for colours, 1 for grey.
         holdout: Share of each class that is held out of `train` where there is no `val`.
+        cache_dir: Folder of the decoded images.
         options: Those of `ImageDataModule`.
     """
 
     def __init__(
-        self, path: str, image_size: int | None = None, channels: int = 3, holdout: float = 0.1, **options: Any
+        self,
+        path: str,
+        image_size: int | None = None,
+        channels: int = 3,
+        holdout: float = 0.1,
+        *,
+        cache_dir: str | Path,
+        **options: Any,
     ) -> None:
-        super().__init__(ImageFolder(path, image_size, channels, holdout), **options)
+        super().__init__(ImageFolder(path, cache_dir, image_size, channels, holdout), **options)
 
 
 class HubImageData(ImageDataModule):
@@ -322,6 +325,7 @@ class HubImageData(ImageDataModule):
         image_size: Height and width to which the images are brought; None if all have one size.
         channels: 3 for colours, 1 for grey.
         holdout: Share of each class that is held out of `train` where `val` is None.
+        cache_dir: Folder of the decoded images.
         options: Those of `ImageDataModule`.
     """
 
@@ -337,7 +341,11 @@ class HubImageData(ImageDataModule):
         image_size: int | None = None,
         channels: int = 3,
         holdout: float = 0.1,
+        *,
+        cache_dir: str | Path,
         **options: Any,
     ) -> None:
-        source = HubImages(name, config, train, val, test, image_field, label_field, image_size, channels, holdout)
+        source = HubImages(
+            name, cache_dir, config, train, val, test, image_field, label_field, image_size, channels, holdout
+        )
         super().__init__(source, **options)

@@ -1,4 +1,4 @@
-"""What a set of labelled images is: three splits of equal-sized images in memory, checked before training.
+"""What a set of labelled images is: three splits of equal-sized images, checked before training.
 
 Shapes: N images, C channels, H height, W width.
 """
@@ -6,10 +6,12 @@ Shapes: N images, C channels, H height, W width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -17,6 +19,8 @@ from evomoe.errors import ConfigError
 
 HOLDOUT_SEED = 0
 """Of the draw that holds out a split: the same for all runs, so that their results are about the same images."""
+
+_IMAGES_AT_ONCE = 256  # whose pixels are counted as 64-bit integers
 
 
 def existing(path: str | Path) -> Path:
@@ -31,12 +35,25 @@ def existing(path: str | Path) -> Path:
     return found
 
 
+class Labelled(Protocol):
+    """Items with a class each, of which some can be chosen."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """`(N,)` int64, indices of the classes."""
+
+    def __getitem__(self: Split, index: np.ndarray) -> Split: ...
+
+
+Split = TypeVar("Split", bound=Labelled)
+
+
 @dataclass(frozen=True)
 class LabelledImages:
-    """A split.
+    """A split. One whose images are a mapped file travels to another process as the file's path.
 
     Args:
-        images: `(N, C, H, W)` uint8.
+        images: `(N, C, H, W)` uint8, in memory or mapped from a whole `.npy` file.
         labels: `(N,)` int64, indices of the classes.
     """
 
@@ -49,6 +66,29 @@ class LabelledImages:
     def __getitem__(self, index: np.ndarray) -> LabelledImages:
         return LabelledImages(self.images[index], self.labels[index])
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        if isinstance(self.images, np.memmap):
+            return map_images, (self.images.filename, self.labels)
+        return LabelledImages, (self.images, self.labels)
+
+
+def map_images(path: str | Path, labels: np.ndarray) -> LabelledImages:
+    """Return a split whose images are those of an `.npy` file, read when they are asked for."""
+    return LabelledImages(np.load(path, mmap_mode="r"), labels)
+
+
+@dataclass(frozen=True)
+class PixelSummary:
+    """What reading all pixels once told.
+
+    Args:
+        digest: Hexadecimal digits that depend on all pixels, labels and names of classes.
+        counts: `(C, 256)` int64, how many training pixels of each channel have each value.
+    """
+
+    digest: str
+    counts: np.ndarray
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -57,6 +97,7 @@ class ImageSet:
     Args:
         splits: `train`, `val` and `test`, in this order.
         classes: Name of each class.
+        known: Their summary, where it was stored with them; None to make it when it is asked for.
 
     Raises:
         ConfigError: A split is empty or of another image size, a label is no class, or a class of another split has no
@@ -65,30 +106,16 @@ class ImageSet:
 
     splits: dict[str, LabelledImages]
     classes: list[str]
+    known: PixelSummary | None = None
 
     def __post_init__(self) -> None:
+        check_labels(self.splits, self.classes)
         train = self.splits["train"]
         for name, split in self.splits.items():
-            if len(split) == 0:
-                raise ConfigError(f"the {name} split has no image: give more of them, or another data.holdout")
             if split.images.shape[1:] != train.images.shape[1:]:
                 raise ConfigError(
                     f"the {name} split has images of {_size(split)} and the training split of {_size(train)}: give all "
                     "images one size"
-                )
-            unknown = split.labels[(split.labels < 0) | (split.labels >= len(self.classes))]
-            if len(unknown):
-                raise ConfigError(
-                    f"the {name} split has the label {unknown[0]}, and there are {len(self.classes)} classes: expected "
-                    f"labels from 0 to {len(self.classes) - 1}"
-                )
-        counts = np.bincount(train.labels, minlength=len(self.classes))
-        for name, split in self.splits.items():
-            untrained = np.unique(split.labels[counts[split.labels] == 0])
-            if len(untrained):
-                raise ConfigError(
-                    f"the class {self.classes[untrained[0]]!r} of the {name} split has no training image: add some, or "
-                    "leave the class out"
                 )
 
     @property
@@ -97,20 +124,53 @@ class ImageSet:
         channels, height, width = self.splits["train"].images.shape[1:]
         return channels, height, width
 
-    def digest(self) -> str:
-        """Return hexadecimal digits that depend on all pixels, labels and names of classes."""
+    @cached_property
+    def summary(self) -> PixelSummary:
+        """What reading all pixels once tells."""
+        if self.known is not None:
+            return self.known
         digest = blake2b(repr((self.classes, self.shape)).encode(), digest_size=16)
-        for split in self.splits.values():
-            digest.update(np.ascontiguousarray(split.images).data)
+        counts = np.zeros((self.shape[0], 256), np.int64)
+        for name, split in self.splits.items():
+            for start in range(0, len(split), _IMAGES_AT_ONCE):
+                images = np.ascontiguousarray(split.images[start : start + _IMAGES_AT_ONCE])
+                digest.update(images.data)
+                if name == "train":
+                    counts += [np.bincount(plane.ravel(), minlength=256) for plane in images.swapaxes(0, 1)]
             digest.update(np.ascontiguousarray(split.labels).data)
-        return digest.hexdigest()
+        return PixelSummary(digest.hexdigest(), counts)
+
+
+def check_labels(splits: Mapping[str, Labelled], classes: list[str]) -> None:
+    """Refuse splits that cannot be learnt.
+
+    Raises:
+        ConfigError: One is empty, a label is no class, or a class of another split has no training image.
+    """
+    for name, split in splits.items():
+        if len(split.labels) == 0:
+            raise ConfigError(f"the {name} split has no image: give more of them, or another data.holdout")
+        unknown = split.labels[(split.labels < 0) | (split.labels >= len(classes))]
+        if len(unknown):
+            raise ConfigError(
+                f"the {name} split has the label {unknown[0]}, and there are {len(classes)} classes: expected labels "
+                f"from 0 to {len(classes) - 1}"
+            )
+    counts = np.bincount(splits["train"].labels, minlength=len(classes))
+    for name, split in splits.items():
+        untrained = np.unique(split.labels[counts[split.labels] == 0])
+        if len(untrained):
+            raise ConfigError(
+                f"the class {classes[untrained[0]]!r} of the {name} split has no training image: add some, or leave "
+                "the class out"
+            )
 
 
 class ImageSource(ABC):
     """Where labelled images come from."""
 
     def prepare(self) -> None:  # noqa: B027
-        """Download what is missing, on one process alone."""
+        """Download and decode what is missing, on one process alone."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -118,7 +178,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def load(self) -> ImageSet:
-        """Read all splits into memory."""
+        """Return all splits, in memory or as mapped files."""
 
 
 def hold_out(labels: np.ndarray, shares: dict[str, float], seed: int = HOLDOUT_SEED) -> dict[str, np.ndarray]:
@@ -151,14 +211,12 @@ def hold_out(labels: np.ndarray, shares: dict[str, float], seed: int = HOLDOUT_S
     return {name: np.sort(np.concatenate([empty, *members])) for name, members in parts.items()}
 
 
-def with_validation(
-    train: LabelledImages, test: LabelledImages, classes: list[str], holdout: float, val: LabelledImages | None = None
-) -> ImageSet:
-    """Return the image set, with validation images held out of the training images unless they are given."""
+def with_validation(train: Split, test: Split, holdout: float, val: Split | None = None) -> dict[str, Split]:
+    """Return all splits, with validation images held out of the training images unless they are given."""
     if val is None:
         indices = hold_out(train.labels, {"val": holdout})
         train, val = train[indices["train"]], train[indices["val"]]
-    return ImageSet({"train": train, "val": val, "test": test}, classes)
+    return {"train": train, "val": val, "test": test}
 
 
 def _size(split: LabelledImages) -> str:

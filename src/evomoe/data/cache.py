@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -11,18 +12,27 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from evomoe.data.corpus import fingerprint
 from evomoe.errors import ConfigError
 
+LOCK = ".lock"
+"""File of a draft that its builder holds locked."""
+
+
+def default_cache_dir() -> Path:
+    """Return the folder of all caches where no configuration names one: `EVOMOE_CACHE`, or one in the home folder."""
+    return Path(os.environ.get("EVOMOE_CACHE", "~/.cache/evomoe")).expanduser()
+
 
 def build_folder(cache_dir: Path, identity: dict[str, Any], write: Callable[[Path, Progress], None]) -> Path:
     """Return the folder named after an identity, having it written unless the cache holds it already.
 
-    It is written beside its final place and renamed when complete: of several builds at once one wins while the others
-    use its result. A killed build leaves none, and the next one removes what it had written.
+    It is written beside its final place and renamed when complete. Of several builds at once one writes while the
+    others wait and use its result; on a file system without locks all write, and one wins. A killed build leaves
+    none, and the next build removes what it had written.
 
     Args:
         cache_dir: Folder of all caches.
@@ -30,25 +40,21 @@ def build_folder(cache_dir: Path, identity: dict[str, Any], write: Callable[[Pat
         write: Fills an empty folder, and shows how far it is.
 
     Raises:
-        ConfigError: `cache_dir` cannot be written.
+        ConfigError: `cache_dir` cannot be written, or is full.
     """
     directory = cache_dir / fingerprint(identity)
     if directory.exists():
         return directory
-    draft = cache_dir / f".{directory.name}.{uuid.uuid4().hex}"
     with ExitStack() as held:
         try:
             with suppress(FileExistsError):
                 cache_dir.mkdir(parents=True)
-            with _lock(cache_dir, wait=True):  # so that none takes a draft for abandoned before it is locked
-                for left in cache_dir.glob(f".{directory.name}.*"):
-                    with _lock(left) as abandoned:
-                        if abandoned:
-                            shutil.rmtree(left, ignore_errors=True)
-                draft.mkdir()
-                held.enter_context(_lock(draft))
+            _remove_abandoned(cache_dir)
+            draft = _claim(directory, held)
         except OSError as error:
             raise ConfigError(f"paths.cache_dir={cache_dir} cannot be written ({error.strerror})") from error
+        if draft is None:
+            return directory
         try:
             with _progress() as progress:
                 write(draft, progress)
@@ -57,26 +63,89 @@ def build_folder(cache_dir: Path, identity: dict[str, Any], write: Callable[[Pat
             except OSError:
                 if not directory.exists():  # else another build was faster
                     raise
+            (directory / LOCK).unlink(missing_ok=True)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ConfigError(
+                f"paths.cache_dir={cache_dir} is full ({error.strerror}): delete what you no longer need there, or "
+                "choose another folder"
+            ) from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     return directory
 
 
 @contextmanager
-def _lock(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Lock a folder until the context or the process ends, however it ends; yields whether that succeeded.
+def damage_named(directory: Path) -> Iterator[None]:
+    """Raise a `ConfigError` that names the cache for whatever goes wrong while one is opened."""
+    try:
+        yield
+    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+        reason = f"meta.json lacks {error}" if isinstance(error, KeyError) else error
+        raise ConfigError(f"the data cache {directory} is damaged ({reason}); delete the folder to rebuild") from error
 
-    It does not if another holds the lock and `wait` is False, or on a file system without locks.
-    """
-    with ExitStack() as opened:
-        try:
-            handle = os.open(folder, os.O_RDONLY)
+
+def _claim(directory: Path, held: ExitStack) -> Path | None:
+    """Return an empty folder to fill, locked until `held` ends; None once another process has built the directory."""
+    draft = directory.with_name(f".{directory.name}")
+    while not directory.exists():
+        with ExitStack() as attempt:
+            try:
+                draft.mkdir(exist_ok=True)
+                handle = os.open(draft / LOCK, os.O_RDWR | os.O_CREAT)
+                attempt.callback(os.close, handle)
+                locked = _wait_for(handle, directory)
+            except FileNotFoundError:  # it has just been renamed or removed
+                directory.parent.mkdir(parents=True, exist_ok=True)
+                continue
+            if not locked:
+                shutil.rmtree(draft, ignore_errors=True)
+                unlocked = draft.with_name(f"{draft.name}.{uuid.uuid4().hex}")
+                unlocked.mkdir()
+                return unlocked
+            if _is_at(handle, draft / LOCK) and not directory.exists():
+                held.enter_context(attempt.pop_all())
+                _empty(draft)
+                return draft
+    return None
+
+
+def _wait_for(handle: int, directory: Path) -> bool:
+    """Lock a file as soon as nobody else has it; returns False on a file system without locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        rank_zero_info(f"another process is building the data cache {directory}: waiting for it")
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether a path still leads to an open file."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _empty(draft: Path) -> None:
+    for left in draft.iterdir():
+        if left.name != LOCK:
+            left.unlink()
+
+
+def _remove_abandoned(cache_dir: Path) -> None:
+    """Remove drafts whose builders were killed."""
+    for lock in cache_dir.glob(f".*/{LOCK}"):
+        with ExitStack() as opened, suppress(OSError):  # from one that is being written, or has just been removed
+            handle = os.open(lock, os.O_RDWR)
             opened.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = True
-        except OSError:
-            locked = False
-        yield locked
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(handle, lock):
+                shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def _progress() -> Progress:

@@ -140,11 +140,12 @@ class ResumableDataLoader(DataLoader[Batch]):
         """
         if not isinstance(self.sampler, TrainingSampler):
             return
-        for name, expected in state["identity"].items():
-            if self.sampler.identity[name] != expected:
+        there, here = state["identity"], self.sampler.identity
+        for name in {**there, **here}:
+            if there.get(name) != here.get(name):  # an option that is younger than the checkpoint is None there
                 raise ConfigError(
-                    f"cannot resume: the checkpoint was made with {name}={expected} and this run has "
-                    f"{self.sampler.identity[name]}, so its batches would differ; restore that value or start a new run"
+                    f"cannot resume: the checkpoint was made with {name}={there.get(name)} and this run has "
+                    f"{here.get(name)}, so its batches would differ; restore that value or start a new run"
                 )
         self.sampler.position = state["position"]
 

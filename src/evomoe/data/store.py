@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 
 from rich.progress import Progress
 
-from evomoe.data.cache import build_folder
+from evomoe.data.cache import build_folder, damage_named
 from evomoe.data.encoding import encoding_of
 from evomoe.data.tokenizer import Tokenizer
-from evomoe.errors import ConfigError
 
 
 class Store(ABC):
@@ -35,17 +34,12 @@ class Store(ABC):
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        try:
+        with damage_named(directory):
             meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
             self.tokenizer = Tokenizer.from_json((directory / "tokenizer.json").read_text(encoding="utf-8"))
             self.identity: dict[str, Any] = meta["identity"]
             self.notes: dict[str, int] = meta["notes"]
             self._open(meta)
-        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
-            reason = f"meta.json lacks {error}" if isinstance(error, KeyError) else error
-            raise ConfigError(
-                f"the data cache {directory} is damaged ({reason}); delete the folder to rebuild"
-            ) from error
 
     @abstractmethod
     def _open(self, meta: dict[str, Any]) -> None:

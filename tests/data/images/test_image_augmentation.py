@@ -53,7 +53,7 @@ def test_parts_have_all_sizes_and_places():
     assert widths.min() < 0.55
     assert widths.max() > 0.95
     assert abs(np.mean([part.mean() for part in parts]) - ramp.mean()) < 5
-    assert all(np.array_equal(part, np.tile(part[:1], (24, 1))) for part in parts)
+    assert max(abs(part - part[:1]).max() for part in parts) <= 1  # halves are rounded either way
 
 
 def test_every_second_image_is_mirrored():

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from data.tiny_images import draw, write_folder
+from torch.utils.data import DataLoader
 
+from evomoe.data import FolderImages
 from evomoe.data.images.decoder import Decoder
 from evomoe.data.images.files import HubImages, ImageFolder
 from evomoe.data.images.source import ImageSet, LabelledImages
@@ -125,6 +129,46 @@ def test_images_are_decoded_once_and_again_where_a_file_changed(folder, monkeypa
     assert len(list(cache.glob("[!.]*"))) == 2
 
 
+def test_all_images_that_cannot_be_read_are_named_at_once(folder):
+    for number in range(3):
+        (folder / "train" / "dog" / f"broken_{number}.png").write_bytes(b"nothing")
+    with pytest.raises(ConfigError) as caught:
+        ImageFolder(folder, folder / "cache", holdout=0.25).load()
+    assert str(caught.value).count("is no image that can be read: replace or delete it") == 3
+    assert "\n" not in str(caught.value)
+    for number in range(12):
+        (folder / "test" / "cat" / f"broken_{number}.png").write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match="perhaps there are more$") as caught:
+        ImageFolder(folder, folder / "cache", holdout=0.25).load()
+    assert str(caught.value).count("is no image") == 10
+
+
+def test_a_link_to_nowhere_is_named_and_any_name_will_do(folder):
+    os.rename(folder / "train" / "dog" / "001.png", os.fsencode(folder / "train" / "dog") + b"/\xff.png")
+    assert len(ImageFolder(folder, folder / "cache", holdout=0.25).load().splits["test"]) == 6
+    (folder / "train" / "dog" / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(ConfigError, match=r"gone.png cannot be read \(No such file or directory\): replace or delete"):
+        ImageFolder(folder, folder / "cache").load()
+
+
+def test_as_a_datamodule_with_processes_that_know_the_file_alone(folder):
+    data = FolderImages(str(folder), holdout=0.25, cache_dir=folder / "cache", batch_size=3)
+    data.prepare_data()
+    data.setup()
+    loader = DataLoader(data.dataset("test"), 2, num_workers=1, multiprocessing_context="spawn")
+    there = torch.cat([batch["images"] for batch in loader])
+    images = data.images.splits["test"].images / 255
+    expected = (images - data.mean[:, None, None]) / data.std[:, None, None]
+    torch.testing.assert_close(there, torch.from_numpy(expected).float())
+    assert sum(len(batch["labels"]) for batch in data.train_dataloader()) == 9
+
+
+def test_a_configuration_that_is_older_than_the_cache(folder, monkeypatch):
+    monkeypatch.setenv("EVOMOE_CACHE", str(folder / "elsewhere"))
+    FolderImages(str(folder), holdout=0.25, batch_size=3).prepare_data()
+    assert len(list((folder / "elsewhere").iterdir())) == 1
+
+
 def test_a_mapped_split_travels_as_its_path(folder):
     split = ImageFolder(folder, folder / "cache", holdout=0.25).load().splits["test"]
     assert isinstance(split.images, np.memmap)
@@ -134,6 +178,8 @@ def test_a_mapped_split_travels_as_its_path(folder):
     assert isinstance(there.images, np.memmap)
     assert np.array_equal(there.images, split.images)
     assert np.array_equal(there.labels, split.labels)
+    part = pickle.loads(pickle.dumps(LabelledImages(split.images[1:3], split.labels[1:3])))
+    assert np.array_equal(part.images, split.images[1:3])
 
 
 def test_images_that_do_not_fit_on_the_disk_are_refused(folder, monkeypatch):

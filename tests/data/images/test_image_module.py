@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,17 @@ def test_another_augmentation_does_not_go_on(tmp_path: Path):
             datamodule=module(augmentation=Augmentation(crop=1, flip=True)),
             ckpt_path=tmp_path / "step=2.ckpt",
         )
+
+
+def test_an_option_that_is_younger_than_the_checkpoint_was_off():
+    loader = module().train_dataloader()
+    state = loader.state_dict()
+    del state["identity"]["data.augmentation.area"]
+    loader.load_state_dict(state)
+    younger = module(augmentation=replace(AUGMENTATION, area=0.5)).train_dataloader()
+    message = "the checkpoint was made with data.augmentation.area=None and this run has 0.5"
+    with pytest.raises(ConfigError, match=message):
+        younger.load_state_dict(state)
 
 
 def test_overfitting_repeats_the_same_batches(tmp_path: Path):

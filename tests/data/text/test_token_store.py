@@ -3,11 +3,14 @@ from __future__ import annotations
 import errno
 import json
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -120,25 +123,76 @@ def test_a_killed_build_leaves_no_half_cache_and_the_next_one_clears_up(tmp_path
     assert [path.name[0] for path in left] == ["."]
     assert (left[0] / "val.bin").exists()
 
+    TokenStore.build(FixedCorpus(), 299, tmp_path)  # another one clears up as well
+    assert not list(tmp_path.glob(".*"))
+    assert subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True).returncode == -signal.SIGKILL
+    shutil.rmtree(next(tmp_path.glob("[!.]*")))
     store = TokenStore(TokenStore.build(FixedCorpus(), 300, tmp_path))
     assert store.sizes["test"].words == 2
     assert [path.name for path in tmp_path.iterdir()] == [fingerprint(store.identity)]
 
 
-def test_on_a_file_system_without_locks_no_draft_is_taken_for_abandoned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without locks."""
+
     def unsupported(handle: int, operation: int) -> None:
-        raise OSError(errno.EBADF, "Bad file descriptor")
+        raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", unsupported)
+
+
+def test_on_a_file_system_without_locks_no_draft_is_taken_for_abandoned(tmp_path: Path, no_locks: None) -> None:
     draft = tmp_path / f".{fingerprint(TokenStore.identity_of(FixedCorpus(), 300))}.0"
     draft.mkdir()
     directory = TokenStore.build(FixedCorpus(), 300, tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([draft, directory])
 
 
-def test_of_builds_at_once_one_wins_and_all_can_use_it(tmp_path: Path) -> None:
+def build_at_once(corpora: list[FixedCorpus], folder: Path) -> list[Path | Exception]:
+    """What each build returns or raises."""
+
+    def build(corpus: FixedCorpus) -> Path | Exception:
+        try:
+            return TokenStore.build(corpus, 300, folder)
+        except RuntimeError as error:
+            return error
+
+    with ThreadPoolExecutor(len(corpora)) as threads:
+        return list(threads.map(build, corpora))
+
+
+def test_of_builds_at_once_one_writes_and_all_can_use_it(tmp_path: Path) -> None:
+    class Slow(FixedCorpus):
+        def pieces(self, split: str, progress: Progress) -> Iterator[Piece]:
+            time.sleep(0.05)
+            return super().pieces(split, progress)
+
+    corpora = [Slow() for _ in range(4)]
+    found = build_at_once(corpora, tmp_path)
+    assert sorted(corpus.reads > 0 for corpus in corpora) == [False, False, False, True]
+    assert list(tmp_path.iterdir()) == [found[0]] == list(set(found))
+    assert TokenStore(tmp_path / found[0]).sizes["val"].words == 1
+
+
+def test_where_a_build_fails_one_that_waited_goes_on(tmp_path: Path) -> None:
+    failed = threading.Event()
+
+    class FailingOnce(FixedCorpus):
+        def pieces(self, split: str, progress: Progress) -> Iterator[Piece]:
+            if self.reads == 5 and not failed.is_set():
+                time.sleep(0.2)  # for the others to wait by now
+                failed.set()
+                raise RuntimeError
+            return super().pieces(split, progress)
+
+    found = build_at_once([FailingOnce() for _ in range(4)], tmp_path)
+    assert sum(isinstance(result, RuntimeError) for result in found) == 1
+    (directory,) = tmp_path.iterdir()
+    assert found.count(directory) == 3
+
+
+def test_without_locks_all_builds_write_and_one_wins(tmp_path: Path, no_locks: None) -> None:
     together = threading.Barrier(4, timeout=60)
 
     class Waiting(FixedCorpus):
@@ -147,17 +201,20 @@ def test_of_builds_at_once_one_wins_and_all_can_use_it(tmp_path: Path) -> None:
                 together.wait()  # everybody has begun to write
             return super().pieces(split, progress)
 
-    found: list[Path] = []
-    threads = [
-        threading.Thread(target=lambda: found.append(TokenStore.build(Waiting(), 300, tmp_path))) for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 4
-    assert list(tmp_path.iterdir()) == [found[0]]
-    assert TokenStore(found[0]).sizes["val"].words == 1
+    found = build_at_once([Waiting() for _ in range(4)], tmp_path)
+    assert list(tmp_path.iterdir()) == [found[0]] == list(set(found))
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
+    class Full(FixedCorpus):
+        def pieces(self, split: str, progress: Progress) -> Iterator[Piece]:
+            if self.reads == 5:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().pieces(split, progress)
+
+    with pytest.raises(ConfigError, match=r"^paths.cache_dir=.* is full \(No space left on device\): delete what"):
+        TokenStore.build(Full(), 300, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

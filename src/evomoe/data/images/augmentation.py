@@ -29,23 +29,24 @@ class Augmentation:
     reads the image: a resumed run sees the same images as one that was never stopped, with workers or without.
 
     Args:
-        area: Smallest share of the image that is cut out, with sides of 3 to 4 at most, and scaled to the image's size,
-            as Inception was trained (arXiv 1409.4842); None for none.
         crop: Pixels of padding on each side, out of which a part of the image's own size is cut; 0 for none.
         crop_fill: Value of the padding, 0 to 255.
         flip: Whether to mirror every second image from left to right.
         policy: `rand_augment` (arXiv 1909.13719), `trivial_augment` (arXiv 2103.10158) or `augmix` (arXiv 1912.02781),
             as torchvision has them; None for none.
+        area: Smallest share of the image that is cut out and scaled to the image's size, as Inception was trained
+            (arXiv 1409.4842), but out of the square that the image already is; None for none. The part's width by
+            height is from 3/4 to 4/3; where such a part is longer than the image, it ends there.
 
     Raises:
         ConfigError: An option is out of range, or torchvision is needed and not installed.
     """
 
-    area: float | None = None
     crop: int = 0
     crop_fill: int = 0
     flip: bool = False
     policy: str | None = None
+    area: float | None = None
 
     def __post_init__(self) -> None:
         if self.area is not None and not 0 < self.area <= 1:
@@ -124,7 +125,7 @@ def cut_out(image: np.ndarray, area: float, share: int, aspect: int, top: int, l
     columns = min(width, max(1, round(math.sqrt(pixels * ratio))))
     top, left = top % (height - rows + 1), left % (width - columns + 1)
     part = torch.from_numpy(np.ascontiguousarray(image[None, :, top : top + rows, left : left + columns])).float()
-    scaled = functional.interpolate(part, (height, width), mode="bilinear", align_corners=False, antialias=True)
+    scaled = functional.interpolate(part, (height, width), mode="bilinear", align_corners=False)
     return scaled[0].round().clamp(0, 255).to(torch.uint8).numpy()
 
 

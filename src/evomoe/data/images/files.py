@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from functools import partial
 from hashlib import blake2b
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from evomoe.data.cache import default_cache_dir
 from evomoe.data.corpus import SPLITS
 from evomoe.data.hub import HubDataset
 from evomoe.data.images.decoder import Decoder
@@ -27,27 +29,31 @@ class EncodedSource(ImageSource):
     """Where images come from that have to be decoded, which the first run does for all.
 
     Args:
-        cache_dir: Folder of the decoded images.
+        cache_dir: Folder of the decoded images; None for the default one.
         decoder: What decodes them.
         holdout: Share of the training images of each class that is held out where there is no validation split.
     """
 
-    def __init__(self, cache_dir: str | Path, decoder: Decoder, holdout: float) -> None:
-        self._cache_dir = Path(cache_dir).expanduser()
+    def __init__(self, cache_dir: str | Path | None, decoder: Decoder, holdout: float) -> None:
+        self._cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
         self._decoder = decoder
         self._holdout = holdout
+        self._store: Path | None = None
 
     def prepare(self) -> None:
-        """Decode all images, unless the cache holds them."""
-        self.load()
+        """Decode all images, unless the cache holds them. The files are looked at once, by the first call."""
+        if self._store is None:
+            splits, classes, version = self._encoded()
+            train, test = splits["train"], splits["test"]
+            splits = with_validation(train, test, self._holdout, splits.get("val"))
+            identity = {**self.identity(), "version": version}
+            self._store = build_store(splits, classes, self._decoder, identity, self._cache_dir)
 
     def load(self) -> ImageSet:
         """Return the decoded images, as mapped files of the cache."""
-        splits, classes, version = self._encoded()
-        train, test = splits["train"], splits["test"]
-        splits = with_validation(train, test, self._holdout, splits.get("val"))
-        identity = {**self.identity(), "version": version}
-        return open_store(build_store(splits, classes, self._decoder, identity, self._cache_dir))
+        self.prepare()
+        assert self._store is not None
+        return open_store(self._store)
 
     @abstractmethod
     def _encoded(self) -> tuple[dict[str, EncodedImages], list[str], str]:
@@ -72,7 +78,7 @@ class ImageFolder(EncodedSource):
     def __init__(
         self,
         path: str | Path,
-        cache_dir: str | Path,
+        cache_dir: str | Path | None = None,
         image_size: int | None = None,
         channels: int = 3,
         holdout: float = 0.1,
@@ -87,14 +93,18 @@ class ImageFolder(EncodedSource):
     def _encoded(self) -> tuple[dict[str, EncodedImages], list[str], str]:
         classes = [folder.name for folder in self._class_folders("train")]
         version = blake2b(digest_size=16)
+        root = str(self._path)
         splits = {}
         for split in SPLITS:
             if split == "val" and not (self._path / split).is_dir():
                 continue
             files, labels = self._files(split, classes)
             for file in files:
-                stat = file.stat()
-                version.update(f"{file.relative_to(self._path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+                try:
+                    stat = os.stat(file)
+                except OSError as error:
+                    raise ConfigError(f"{file} cannot be read ({error.strerror}): replace or delete it") from None
+                version.update(os.fsencode(f"{os.path.relpath(file, root)}\0{stat.st_size}\0{stat.st_mtime_ns}\0"))
             splits[split] = EncodedImages(labels, partial(_file, files))
         return splits, classes, version.hexdigest()
 
@@ -109,9 +119,9 @@ class ImageFolder(EncodedSource):
         folders = (path for path in self._folder(split).iterdir() if path.is_dir())
         return sorted(path for path in folders if not (path.name.startswith(".") or path.name in TOOLS))
 
-    def _files(self, split: str, classes: list[str]) -> tuple[list[Path], np.ndarray]:
+    def _files(self, split: str, classes: list[str]) -> tuple[list[str], np.ndarray]:
         """The images of a split, and the class of each."""
-        images: list[Path] = []
+        images: list[str] = []
         labels: list[int] = []
         for folder in self._class_folders(split):
             if folder.name not in classes:
@@ -119,7 +129,12 @@ class ImageFolder(EncodedSource):
                     f"the class {folder.name!r} of the {split} split has no training image: add some, or leave the "
                     "class out"
                 )
-            files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+            files = sorted(
+                os.path.join(place, name)
+                for place, _, names in os.walk(folder)
+                for name in names
+                if os.path.splitext(name)[1].lower() in SUFFIXES
+            )
             if split == "train" and not files:
                 raise ConfigError(
                     f"the class {folder.name!r} has no training image: add some to {folder}, or delete it"
@@ -131,8 +146,8 @@ class ImageFolder(EncodedSource):
         return images, np.array(labels, dtype=np.int64)
 
 
-def _file(files: list[Path], number: int) -> tuple[Path, str]:
-    return files[number], str(files[number])
+def _file(files: list[str], number: int) -> tuple[Path, str]:
+    return Path(files[number]), files[number]
 
 
 class HubImages(EncodedSource):
@@ -159,7 +174,7 @@ class HubImages(EncodedSource):
     def __init__(
         self,
         name: str,
-        cache_dir: str | Path,
+        cache_dir: str | Path | None = None,
         config: str | None = None,
         train: str = "train",
         val: str | None = None,
@@ -180,7 +195,6 @@ class HubImages(EncodedSource):
         return {
             "images": "hub",
             **self._hub.identity(),
-            "fields": [self._image_field, self._label_field],
             "holdout": self._holdout,
             **self._decoder.options,
         }
@@ -193,7 +207,7 @@ class HubImages(EncodedSource):
         classes = list(feature.names) if named else [str(value) for value in values]
         numbers = {value: number for number, value in enumerate(values)}
         splits = {split: self._rows(split, table, numbers) for split, table in tables.items()}
-        return splits, classes, self._hub.builder.hash
+        return splits, classes, f"{self._image_field} {self._label_field}"
 
     def _table(self, split: str) -> Any:
         table = self._hub.table(split)
@@ -209,7 +223,7 @@ class HubImages(EncodedSource):
         from datasets import Image
 
         # The bytes, so that the decoder here can name the row of one that is broken.
-        rows = table.cast_column(self._image_field, Image(decode=False))
+        rows = table.select_columns([self._image_field]).cast_column(self._image_field, Image(decode=False))
         labels = []
         for value in table[self._label_field]:
             if value not in numbers:

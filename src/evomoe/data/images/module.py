@@ -294,7 +294,7 @@ class FolderImages(ImageDataModule):
         image_size: Height and width to which the images are brought; None if all have one size.
         channels: 3 for colours, 1 for grey.
         holdout: Share of each class that is held out of `train` where there is no `val`.
-        cache_dir: Folder of the decoded images.
+        cache_dir: Folder of the decoded images; None for the default one.
         options: Those of `ImageDataModule`.
     """
 
@@ -305,7 +305,7 @@ class FolderImages(ImageDataModule):
         channels: int = 3,
         holdout: float = 0.1,
         *,
-        cache_dir: str | Path,
+        cache_dir: str | Path | None = None,
         **options: Any,
     ) -> None:
         super().__init__(ImageFolder(path, cache_dir, image_size, channels, holdout), **options)
@@ -325,7 +325,7 @@ class HubImageData(ImageDataModule):
         image_size: Height and width to which the images are brought; None if all have one size.
         channels: 3 for colours, 1 for grey.
         holdout: Share of each class that is held out of `train` where `val` is None.
-        cache_dir: Folder of the decoded images.
+        cache_dir: Folder of the decoded images; None for the default one.
         options: Those of `ImageDataModule`.
     """
 
@@ -342,7 +342,7 @@ class HubImageData(ImageDataModule):
         channels: int = 3,
         holdout: float = 0.1,
         *,
-        cache_dir: str | Path,
+        cache_dir: str | Path | None = None,
         **options: Any,
     ) -> None:
         source = HubImages(

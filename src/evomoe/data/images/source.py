@@ -5,6 +5,7 @@ Shapes: N images, C channels, H height, W width.
 
 from __future__ import annotations
 
+import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class LabelledImages:
         return LabelledImages(self.images[index], self.labels[index])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if isinstance(self.images, np.memmap):
+        if isinstance(self.images, np.memmap) and isinstance(self.images.base, mmap.mmap):
             return map_images, (self.images.filename, self.labels)
         return LabelledImages, (self.images, self.labels)
 
@@ -88,6 +89,33 @@ class PixelSummary:
 
     digest: str
     counts: np.ndarray
+
+
+class PixelTally:
+    """Makes the summary while the pixels pass by, split after split.
+
+    Args:
+        classes: Name of each class.
+        shape: Channels, height and width of every image.
+    """
+
+    def __init__(self, classes: list[str], shape: tuple[int, ...]) -> None:
+        self._digest = blake2b(repr((classes, shape)).encode(), digest_size=16)
+        self._counts = np.zeros((shape[0], 256), np.int64)
+
+    def add(self, images: np.ndarray, counts: Any) -> None:
+        """Take further images, with the counts of their values, `(C, 256)`; empty for those that do not train."""
+        self._digest.update(np.ascontiguousarray(images).data)
+        if len(counts):
+            self._counts += counts
+
+    def end_split(self, labels: np.ndarray) -> None:
+        """Take the labels of the images since the last split."""
+        self._digest.update(np.ascontiguousarray(labels).data)
+
+    def summary(self) -> PixelSummary:
+        """Return what was seen."""
+        return PixelSummary(self._digest.hexdigest(), self._counts)
 
 
 @dataclass(frozen=True)
@@ -129,16 +157,14 @@ class ImageSet:
         """What reading all pixels once tells."""
         if self.known is not None:
             return self.known
-        digest = blake2b(repr((self.classes, self.shape)).encode(), digest_size=16)
-        counts = np.zeros((self.shape[0], 256), np.int64)
+        tally = PixelTally(self.classes, self.shape)
         for name, split in self.splits.items():
             for start in range(0, len(split), _IMAGES_AT_ONCE):
-                images = np.ascontiguousarray(split.images[start : start + _IMAGES_AT_ONCE])
-                digest.update(images.data)
-                if name == "train":
-                    counts += [np.bincount(plane.ravel(), minlength=256) for plane in images.swapaxes(0, 1)]
-            digest.update(np.ascontiguousarray(split.labels).data)
-        return PixelSummary(digest.hexdigest(), counts)
+                images = split.images[start : start + _IMAGES_AT_ONCE]
+                planes = images.swapaxes(0, 1) if name == "train" else ()
+                tally.add(images, [np.bincount(plane.ravel(), minlength=256) for plane in planes])
+            tally.end_split(split.labels)
+        return tally.summary()
 
 
 def check_labels(splits: Mapping[str, Labelled], classes: list[str]) -> None:
@@ -170,7 +196,7 @@ class ImageSource(ABC):
     """Where labelled images come from."""
 
     def prepare(self) -> None:  # noqa: B027
-        """Download and decode what is missing, on one process alone."""
+        """Download and decode what is missing; of several processes at once one does it while the others wait."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:

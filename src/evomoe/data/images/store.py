@@ -1,7 +1,7 @@
 """Images that were decoded once, into files that are mapped rather than read.
 
     <cache_dir>/<fingerprint>/
-        meta.json                     names of the classes, and the summary of the pixels
+        meta.json                     identity, names of the classes, and the summary of the pixels
         train.npy  val.npy  test.npy  (N, C, H, W) uint8
         train_labels.npy  ...         (N,) int64
 
@@ -12,23 +12,26 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 
-from evomoe.data.cache import build_folder
+from evomoe.data.cache import build_folder, damage_named
 from evomoe.data.corpus import SPLITS
 from evomoe.data.images.decoder import Decoder
-from evomoe.data.images.source import ImageSet, PixelSummary, check_labels, map_images
+from evomoe.data.images.source import ImageSet, LabelledImages, PixelSummary, PixelTally, check_labels, map_images
 from evomoe.errors import ConfigError
 
 FORMAT = 1
 """Version of the files and of the decoding, part of the fingerprint."""
+
+UNREADABLE_AT_MOST = 10
+"""Images that a refusal names."""
 
 _IMAGES_AT_ONCE = 256  # decoded by all threads, then written
 
@@ -65,7 +68,7 @@ def build_store(
         The folder of the store.
 
     Raises:
-        ConfigError: A split cannot be learnt, an image cannot be read or has another size than the first, there is too
+        ConfigError: A split cannot be learnt, images cannot be read or have another size than the first, there is too
             little space, or `cache_dir` cannot be written.
     """
     check_labels(splits, classes)
@@ -75,15 +78,32 @@ def build_store(
         shape = decoder.decode(*splits["train"].read(0)).shape
         _check_space(draft, total * int(np.prod(shape)))
         task = progress.add_task("decoding", total=total)
+        tally = PixelTally(classes, shape)
+        unreadable: list[str] = []
         for name, split in splits.items():
             np.save(draft / f"{name}_labels.npy", split.labels)
-            _decode(split, draft / f"{name}.npy", shape, decoder, progress, task)
-        progress.update(task, description="counting pixels", total=None)
-        summary = ImageSet(_splits(draft), classes).summary
-        meta = {"classes": classes, "digest": summary.digest, "counts": summary.counts.tolist()}
+            with (draft / f"{name}.npy").open("wb") as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (len(split.labels), *shape)}
+                np.lib.format.write_array_header_1_0(file, header)
+                for decoded in _decode(split, decoder, count=name == "train"):
+                    progress.advance(task)
+                    if isinstance(decoded, ConfigError):
+                        unreadable.append(str(decoded))
+                    elif not unreadable:
+                        pixels, counts = decoded
+                        file.write(pixels.tobytes())
+                        tally.add(pixels, counts)
+                    if len(unreadable) == UNREADABLE_AT_MOST:
+                        raise ConfigError(f"{'; '.join(unreadable)}; perhaps there are more")
+            tally.end_split(split.labels)
+        if unreadable:
+            raise ConfigError("; ".join(unreadable))
+        summary = tally.summary()
+        meta = {"identity": identity, "classes": classes, "digest": summary.digest, "counts": summary.counts.tolist()}
         (draft / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
-    return build_folder(cache_dir, {"image_format": FORMAT, "classes": classes, **identity}, write)
+    identity = {"image_format": FORMAT, "classes": classes, **identity}
+    return build_folder(cache_dir, identity, write)
 
 
 def open_store(directory: Path) -> ImageSet:
@@ -92,36 +112,38 @@ def open_store(directory: Path) -> ImageSet:
     Raises:
         ConfigError: A file is missing or damaged.
     """
-    try:
+    with damage_named(directory):
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         summary = PixelSummary(meta["digest"], np.array(meta["counts"], dtype=np.int64))
         splits = _splits(directory)
         for name, split in splits.items():
             if len(split.images) != len(split.labels):
                 raise ValueError(f"{name}.npy has {len(split.images)} images for {len(split.labels)} labels")
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        reason = f"meta.json lacks {error}" if isinstance(error, KeyError) else error
-        raise ConfigError(f"the data cache {directory} is damaged ({reason}); delete the folder to rebuild") from error
     return ImageSet(splits, meta["classes"], summary)
 
 
-def _splits(directory: Path) -> dict[str, Any]:
+def _splits(directory: Path) -> dict[str, LabelledImages]:
     return {name: map_images(directory / f"{name}.npy", np.load(directory / f"{name}_labels.npy")) for name in SPLITS}
 
 
 def _decode(
-    split: EncodedImages, path: Path, shape: tuple[int, ...], decoder: Decoder, progress: Progress, task: TaskID
-) -> None:
-    """Write an `.npy` file, a few images at a time; Pillow decodes outside of Python's lock."""
-    count = len(split.labels)
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
-    with path.open("wb") as file, ThreadPoolExecutor() as threads:
-        np.lib.format.write_array_header_1_0(file, header)
-        for start in range(0, count, _IMAGES_AT_ONCE):
-            numbers = range(start, min(start + _IMAGES_AT_ONCE, count))
-            for pixels in threads.map(lambda number: decoder.decode(*split.read(number)), numbers):
-                file.write(pixels.tobytes())
-                progress.advance(task)
+    split: EncodedImages, decoder: Decoder, count: bool
+) -> Iterator[tuple[np.ndarray, list[list[int]]] | ConfigError]:
+    """Yield the pixels of each image in turn, with the counts of their values if wanted, or why it cannot be read.
+
+    Pillow works outside of Python's lock, so that threads are enough.
+    """
+
+    def decode(number: int) -> tuple[np.ndarray, list[list[int]]] | ConfigError:
+        try:
+            pixels = decoder.decode(*split.read(number))
+        except ConfigError as error:
+            return error
+        return pixels, decoder.count(pixels) if count else []
+
+    with ThreadPoolExecutor() as threads:
+        for start in range(0, len(split.labels), _IMAGES_AT_ONCE):
+            yield from threads.map(decode, range(start, min(start + _IMAGES_AT_ONCE, len(split.labels))))
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -89,7 +89,7 @@ class Augmentation:
         if self.policy is not None:
             with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator alone
                 torch.default_generator.manual_seed(seed)
-                image = self._load_policy()(torch.from_numpy(np.ascontiguousarray(image))).numpy()
+                image = self._load_policy()(torch.from_numpy(np.array(image, order="C"))).numpy()
         return image
 
     def _load_policy(self) -> Any:
@@ -124,7 +124,7 @@ def cut_out(image: np.ndarray, area: float, share: int, aspect: int, top: int, l
     rows = min(height, max(1, round(math.sqrt(pixels / ratio))))
     columns = min(width, max(1, round(math.sqrt(pixels * ratio))))
     top, left = top % (height - rows + 1), left % (width - columns + 1)
-    part = torch.from_numpy(np.ascontiguousarray(image[None, :, top : top + rows, left : left + columns])).float()
+    part = torch.from_numpy(image[None, :, top : top + rows, left : left + columns].astype(np.float32))
     scaled = functional.interpolate(part, (height, width), mode="bilinear", align_corners=False)
     return scaled[0].round().clamp(0, 255).to(torch.uint8).numpy()
 

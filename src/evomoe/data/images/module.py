@@ -66,7 +66,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         epoch, index = item if isinstance(item, tuple) else (0, item)
         if index >= len(self):
             return {"images": np.zeros(self._split.images.shape[1:], np.float32), "labels": 0, "valid": False}
-        image = self._augmentation(np.array(self._split.images[index]), self._seed, epoch, index)
+        image = self._augmentation(self._split.images[index], self._seed, epoch, index)
         label = int(self._split.labels[index])
         return {"images": image * self._scale - self._shift, "labels": label, "valid": True}
 

@@ -1,7 +1,7 @@
 """Images that were decoded once, into files that are mapped rather than read.
 
     <cache_dir>/<fingerprint>/
-        meta.json                     identity, names of the classes, and the summary of the pixels
+        meta.json                     identity, in it the classes, and the summary of the pixels
         train.npy  val.npy  test.npy  (N, C, H, W) uint8
         train_labels.npy  ...         (N,) int64
 
@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from evomoe.data.cache import build_folder, damage_named
 from evomoe.data.corpus import SPLITS
 from evomoe.data.images.decoder import Decoder
-from evomoe.data.images.source import ImageSet, LabelledImages, PixelSummary, PixelTally, check_labels, map_images
+from evomoe.data.images.source import ImageSet, PixelSummary, PixelTally, check_labels, map_images
 from evomoe.errors import ConfigError
 
 FORMAT = 1
@@ -32,6 +32,9 @@ FORMAT = 1
 
 UNREADABLE_AT_MOST = 10
 """Images that a refusal names."""
+
+Decoded = tuple[np.ndarray, list[list[int]]]
+"""Pixels of an image, `(C, H, W)` uint8, and the counts of their values, `(C, 256)`; empty if nobody wants them."""
 
 _IMAGES_AT_ONCE = 256  # decoded by all threads, then written
 
@@ -82,24 +85,18 @@ def build_store(
         unreadable: list[str] = []
         for name, split in splits.items():
             np.save(draft / f"{name}_labels.npy", split.labels)
+            decoded = _decode(split, decoder, name == "train", progress, task)
             with (draft / f"{name}.npy").open("wb") as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (len(split.labels), *shape)}
                 np.lib.format.write_array_header_1_0(file, header)
-                for decoded in _decode(split, decoder, count=name == "train"):
-                    progress.advance(task)
-                    if isinstance(decoded, ConfigError):
-                        unreadable.append(str(decoded))
-                    elif not unreadable:
-                        pixels, counts = decoded
-                        file.write(pixels.tobytes())
-                        tally.add(pixels, counts)
-                    if len(unreadable) == UNREADABLE_AT_MOST:
-                        raise ConfigError(f"{'; '.join(unreadable)}; perhaps there are more")
+                for pixels, counts in _readable(decoded, unreadable):
+                    file.write(pixels.tobytes())
+                    tally.add(pixels, counts)
             tally.end_split(split.labels)
         if unreadable:
             raise ConfigError("; ".join(unreadable))
         summary = tally.summary()
-        meta = {"identity": identity, "classes": classes, "digest": summary.digest, "counts": summary.counts.tolist()}
+        meta = {"identity": identity, "digest": summary.digest, "counts": summary.counts.tolist()}
         (draft / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
     identity = {"image_format": FORMAT, "classes": classes, **identity}
@@ -115,26 +112,25 @@ def open_store(directory: Path) -> ImageSet:
     with damage_named(directory):
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         summary = PixelSummary(meta["digest"], np.array(meta["counts"], dtype=np.int64))
-        splits = _splits(directory)
+        classes = meta["identity"]["classes"]
+        splits = {
+            name: map_images(directory / f"{name}.npy", np.load(directory / f"{name}_labels.npy")) for name in SPLITS
+        }
         for name, split in splits.items():
             if len(split.images) != len(split.labels):
                 raise ValueError(f"{name}.npy has {len(split.images)} images for {len(split.labels)} labels")
-    return ImageSet(splits, meta["classes"], summary)
-
-
-def _splits(directory: Path) -> dict[str, LabelledImages]:
-    return {name: map_images(directory / f"{name}.npy", np.load(directory / f"{name}_labels.npy")) for name in SPLITS}
+    return ImageSet(splits, classes, summary)
 
 
 def _decode(
-    split: EncodedImages, decoder: Decoder, count: bool
-) -> Iterator[tuple[np.ndarray, list[list[int]]] | ConfigError]:
+    split: EncodedImages, decoder: Decoder, count: bool, progress: Progress, task: TaskID
+) -> Iterator[Decoded | ConfigError]:
     """Yield the pixels of each image in turn, with the counts of their values if wanted, or why it cannot be read.
 
     Pillow works outside of Python's lock, so that threads are enough.
     """
 
-    def decode(number: int) -> tuple[np.ndarray, list[list[int]]] | ConfigError:
+    def decode(number: int) -> Decoded | ConfigError:
         try:
             pixels = decoder.decode(*split.read(number))
         except ConfigError as error:
@@ -143,7 +139,20 @@ def _decode(
 
     with ThreadPoolExecutor() as threads:
         for start in range(0, len(split.labels), _IMAGES_AT_ONCE):
-            yield from threads.map(decode, range(start, min(start + _IMAGES_AT_ONCE, len(split.labels))))
+            for image in threads.map(decode, range(start, min(start + _IMAGES_AT_ONCE, len(split.labels)))):
+                progress.advance(task)
+                yield image
+
+
+def _readable(decoded: Iterable[Decoded | ConfigError], unreadable: list[str]) -> Iterator[Decoded]:
+    """Yield the images up to the first that cannot be read; after it only see which others cannot, to name them too."""
+    for image in decoded:
+        if isinstance(image, ConfigError):
+            unreadable.append(str(image))
+        elif not unreadable:
+            yield image
+        if len(unreadable) == UNREADABLE_AT_MOST:
+            raise ConfigError(f"{'; '.join(unreadable)}; perhaps there are more")
 
 
 def _check_space(folder: Path, needed: int) -> None:

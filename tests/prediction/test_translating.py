@@ -147,6 +147,7 @@ def test_traces_are_those_of_the_forward_pass(encoder):
         ([], 'source is empty: expected source="a sentence", source=.* or source_file=texts.txt'),
         (["source=a", "source_file=b"], "source and source_file are both given"),
         (["source=[]"], "^source is empty"),
+        (['source=[12,"x"]'], r'^source holds 12, which is no text to Hydra: put it in quotes, as in source=\["12"\]$'),
         (["prompt=a"], "prompt is for a model that continues texts or .*, and .* translates: give source"),
         (["source=a", "n_best=3"], r"n_best=3: expected 1 to beam=2"),
         (["source=a", "top_k=3"], r"top_k is for a model that continues texts, and .* translates: leave it out"),

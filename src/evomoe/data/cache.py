@@ -9,9 +9,11 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -31,8 +33,8 @@ def build_folder(cache_dir: Path, identity: dict[str, Any], write: Callable[[Pat
     """Return the folder named after an identity, having it written unless the cache holds it already.
 
     It is written beside its final place and renamed when complete. Of several builds at once one writes while the
-    others wait and use its result; on a file system without locks all write, and one wins. A killed build leaves
-    none, and the next build removes what it had written.
+    others wait and use its result. A killed build leaves none, and the next build removes what it had written. On a
+    file system without locks all write and one wins, and nobody removes what a killed one had written.
 
     Args:
         cache_dir: Folder of all caches.
@@ -74,6 +76,13 @@ def build_folder(cache_dir: Path, identity: dict[str, Any], write: Callable[[Pat
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     return directory
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write an `.npy` file; unlike NumPy, which writes past Python, so that a full disk says that it is full."""
+    content = BytesIO()
+    np.save(content, array)
+    path.write_bytes(content.getbuffer())
 
 
 @contextmanager

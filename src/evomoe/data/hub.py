@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from types import ModuleType
 from typing import Any
@@ -39,10 +41,8 @@ class HubDataset:
         Raises:
             ConfigError: `datasets` is not installed, or the data set or its configuration does not exist.
         """
-        try:
+        with _failure_named(f"data.name={self.name}, data.config={self.config}"):
             return load_datasets().load_dataset_builder(self.name, self.config)
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"data.name={self.name}, data.config={self.config}: {first_line(error)}") from error
 
     def identity(self) -> dict[str, Any]:
         """Return the choice, and the hash that `datasets` gives this revision of the data."""
@@ -56,13 +56,43 @@ class HubDataset:
         """Read a split; the first call downloads the data set.
 
         Raises:
-            ConfigError: There is no such split, or it cannot be had.
+            ConfigError: There is no such split, it cannot be had, or it is also trained on.
         """
-        try:
+        with _failure_named(self.describe(split)):
             self.builder.download_and_prepare()
-            return self.builder.as_dataset(split=self.splits[split])
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"{self.describe(split)}: {first_line(error)}") from error
+            table = self.builder.as_dataset(split=self.splits[split])
+            shared = split != "train" and self._overlap(self._parts(split), self._parts("train"))
+        if shared:
+            raise ConfigError(
+                f"{self.describe(split)} is also trained on, as {self.describe('train')}: give splits without a common "
+                "row, as in data.train='train[10%:]' data.val='train[:10%]'"
+            )
+        return table
+
+    def _parts(self, split: str) -> list[Any]:
+        """Ranges of rows that a split is made of, as `splitname`, `from_` and `to`."""
+        rows = {name: info.num_examples for name, info in self.builder.info.splits.items()}
+        choice = self.splits[split]
+        choice = "+".join(rows) if choice == "all" else choice
+        return list(load_datasets().ReadInstruction.from_spec(choice).to_absolute(rows))
+
+    @staticmethod
+    def _overlap(some: list[Any], others: list[Any]) -> bool:
+        return any(
+            one.splitname == other.splitname and max(one.from_, other.from_) < min(one.to, other.to)
+            for one in some
+            for other in others
+        )
+
+
+@contextmanager
+def _failure_named(what: str) -> Iterator[None]:
+    """Raise a `ConfigError` for what `datasets` raises: where it only says that something failed, for the cause."""
+    from_datasets = load_datasets().exceptions.DatasetsError
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, from_datasets) as error:
+        raise ConfigError(f"{what}: {first_line(error.__cause__ or error)}") from error
 
 
 def load_datasets() -> ModuleType:
@@ -78,6 +108,6 @@ def load_datasets() -> ModuleType:
     return datasets
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return what an error says, in one line."""
     return str(error).strip().partition("\n")[0]

@@ -14,13 +14,35 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from evomoe.data.corpus import ItemCorpus
+from evomoe.data.corpus import SPLITS, ItemCorpus
 from evomoe.data.encoding import TokenFile
 from evomoe.data.tokenizer import Sample, Tokenizer
 from evomoe.errors import ConfigError
 
 _ITEMS_AT_ONCE = 10_000  # that are encoded at once
 _TOO_LONG = ("truncate", "drop")
+
+
+def read_ahead(corpus: ItemCorpus[Any], progress: Progress, check: Callable[[Any], object] | None = None) -> None:
+    """Read the splits that are given for evaluations, so that what is wrong with them is said before the long work.
+
+    Args:
+        corpus: The items.
+        progress: Where the reading is shown.
+        check: Refuses an item.
+
+    Raises:
+        ConfigError: A split is empty, or cannot be read to its end.
+    """
+    for split in SPLITS[1:]:
+        if split in corpus.held_out:
+            continue
+        count = 0
+        for count, item in enumerate(corpus.items(split, progress), start=1):  # noqa: B007
+            if check is not None:
+                check(item)
+        if count == 0:
+            raise ConfigError(corpus.explain_empty(split))
 
 
 def train_tokenizer(corpus: ItemCorpus[Any], vocab_size: int, progress: Progress) -> Tokenizer:

@@ -35,7 +35,12 @@ def read_texts(config: DictConfig, key: str, example: str) -> list[str]:
     if file is not None:
         return _read_lines(f"{key}_file", str(file))
     texts = [given] if isinstance(given, str) else list(given or [])
-    if not texts or not all(isinstance(text, str) and text.strip(" ") for text in texts):
+    for text in texts:
+        if not isinstance(text, str):
+            raise ConfigError(
+                f'{key} holds {text}, which is no text to Hydra: put it in quotes, as in {key}=["{text}"]'
+            )
+    if not texts or not all(text.strip(" ") for text in texts):
         raise ConfigError(f'{key} is empty: expected {key}="{example}", {key}=["one","two"] or {key}_file=texts.txt')
     for number, text in enumerate(texts, start=1):
         try:

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import re
+import struct
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,7 @@ from evomoe.data.images.source import ImageSet, LabelledImages
 from evomoe.errors import ConfigError
 
 pytest.importorskip("PIL")
-from PIL import Image
+from PIL import Image, ImageOps
 
 NAMES = ["cat", "dog", "emu"]
 
@@ -85,6 +86,61 @@ def test_an_image_stands_as_the_camera_was_held(tmp_path):
     decoded = Decoder(None, 3).decode(tmp_path / "turned.png", "turned")
     assert decoded.shape == (3, 3, 2)
     assert decoded[:, 0, 1].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize(("orientation", "method"), [(None, None), *enumerate([None, *range(7)], start=1)])
+def test_every_orientation_is_turned_as_by_pillow(tmp_path, orientation, method):
+    """`method`: the transpositions of Pillow by name, in the order of the values of EXIF."""
+    turns = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"]
+    image = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3))
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    image.save(tmp_path / "image.png", exif=exif)
+    expected = image if method is None else image.transpose(Image.Transpose[turns[method]])
+    assert np.array_equal(Decoder(None, 1).decode(tmp_path / "image.png", "image")[0], np.asarray(expected))
+    with Image.open(tmp_path / "image.png") as opened:
+        assert np.array_equal(np.asarray(ImageOps.exif_transpose(opened)), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "value"),
+    [(0x0100, 1, b"\x07"), (0x0128, 4, struct.pack("<I", 2**31)), (0x010F, 11, struct.pack("<f", 1.5))],
+    ids=["a width of one byte", "a unit beyond two bytes", "a maker that is a number"],
+)
+def test_untidy_entries_of_exif_do_not_matter(tmp_path, tag, kind, value):
+    """Pillow reads them, and its `exif_transpose` fails at writing them."""
+    entries = sorted([(0x0112, struct.pack("<HI", 3, 1) + struct.pack("<I", 6)), (tag, None)])
+    packed = [
+        struct.pack("<H", number) + (given or struct.pack("<HI", kind, 1) + value.ljust(4, b"\0"))
+        for number, given in entries
+    ]
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(packed)) + b"".join(packed) + struct.pack("<I", 0)
+    Image.new("RGB", (3, 2)).save(tmp_path / "photo.jpg", exif=exif)
+    with Image.open(tmp_path / "photo.jpg") as opened, pytest.raises(Exception):  # noqa: B017, PT011
+        ImageOps.exif_transpose(opened)
+    assert Decoder(None, 3).decode(tmp_path / "photo.jpg", "photo").shape == (3, 3, 2)
+
+
+def test_what_tools_leave_inside_a_class_is_no_image(folder):
+    source = folder / "train" / "cat" / "000.png"
+    for copy in (".ipynb_checkpoints/000-checkpoint.png", "__MACOSX/000.png", "._000.png", "deeper/000.png"):
+        (source.parent / copy).parent.mkdir(exist_ok=True)
+        (source.parent / copy).write_bytes(source.read_bytes())
+    splits = ImageFolder(folder, folder / "cache", holdout=0.25).load().splits
+    assert len(splits["train"]) + len(splits["val"]) == 13  # with the one of an ordinary folder
+
+
+def test_images_that_are_not_square_are_refused_before_they_are_decoded(tmp_path):
+    for split in ("train", "test"):
+        for name in NAMES:
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(2):
+                Image.new("RGB", (10, 8)).save(tmp_path / split / name / f"{number}.png")
+    with pytest.raises(ConfigError, match=r"^the images have 8 x 10 pixels: .*, as by data.image_size=8$"):
+        ImageFolder(tmp_path, tmp_path / "cache", holdout=0.5).load()
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert ImageFolder(tmp_path, tmp_path / "cache", image_size=8, holdout=0.5).load().shape == (3, 8, 8)
 
 
 def test_a_folder_that_is_no_class(folder):
@@ -251,6 +307,31 @@ def test_a_data_set_of_the_hub(tmp_path, named, monkeypatch):
     assert [len(split) for split in images.splits.values()] == [9, 3, 6]
     assert np.array_equal(images.splits["test"].images, draw(6, seed=1).images)
     assert images.splits["test"].labels.tolist() == [0, 1, 2] * 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([("cat", True), (None, True)], {}, "^row 1 of train has no label: choose another split or column$"),
+        ([("cat", True), ("dog", False)], {}, "^row 1 of train has no image: leave such rows out; row 1 of"),
+        ([("cat", True), ("dog", True)], {"label_field": "picture"}, "^data.label_field=picture holds Image"),
+        (
+            [("cat", True), ("dog", True)],
+            {"test": "train"},
+            "^data.test=train of .* is also trained on, as",
+        ),
+    ],
+)
+def test_rows_of_the_hub_without_an_image_or_a_label(tmp_path, rows, options, message):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.Value("string")})
+    pictures = [Image.new("RGB", (8, 8)) if present else None for _, present in rows]
+    table = datasets.Dataset.from_dict({"picture": pictures, "kind": [kind for kind, _ in rows]}, features=features)
+    for split in ("train", "test"):
+        table.to_parquet(tmp_path / f"{split}.parquet")
+    options = {"image_field": "picture", "label_field": "kind", "holdout": 0.25, "val": "test", **options}
+    with pytest.raises(ConfigError, match=message):
+        HubImages(str(tmp_path), tmp_path / "cache", **options).load()
 
 
 def test_a_column_or_split_that_does_not_exist_is_named(tmp_path):

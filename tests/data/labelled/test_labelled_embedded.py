@@ -82,8 +82,12 @@ def test_a_limit_holds_for_each_class_of_the_training_split(packages: Path) -> N
 
 
 def test_what_cannot_be_is_refused(packages: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data.packages=\[apples\]: expected at least two packages"):
+    with pytest.raises(ConfigError, match=r"data.packages=\[apples\]: expected two or more packages"):
         DocstringOrigin(["apples"])
+    with pytest.raises(ConfigError, match=r"data.packages=\[apples,pears,pears\]: expected .*, each of them once"):
+        DocstringOrigin(["apples", "pears", "pears"])
+    with pytest.raises(ConfigError, match=r"data.packages names none.such, which is not installed here"):
+        DocstringOrigin(["apples", "none.such"])
     with pytest.raises(ConfigError, match=r"data.packages names oranges, which is not installed here"):
         DocstringOrigin(["apples", "oranges"])
     with pytest.raises(ConfigError, match=r"data.per_class=0: expected at least 1"):

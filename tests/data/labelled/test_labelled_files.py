@@ -38,6 +38,11 @@ def identity(path: Path, columns: ColumnChoice = AUTO, **options) -> dict[str, A
 # Beginnings of the files as GLUE distributes them; fields that nothing reads are shortened.
 GLUE = {
     "SST-2": ("sentence|label", 'it \'s a "good" film |1', ('it \'s a "good" film ', None, "1")),
+    "RTE with scores of its own": (
+        "sentence1|sentence2|label|score",
+        "A.|B.|entailment|0.93",
+        ("A.", "B.", "entailment"),
+    ),
     "RTE": ("index|sentence1|sentence2|label", "0|A.|B.|entailment", ("A.", "B.", "entailment")),
     "MRPC": ("\ufeffQuality|#1 ID|#2 ID|#1 String|#2 String", "1|70|71|A.|B.", ("A.", "B.", "1")),
     "STS-B": (
@@ -124,10 +129,11 @@ def test_malformed_lines_are_left_out_and_counted_on_demand(tmp_path: Path) -> N
     assert read(corpus) == read(corpus) == [("A?", "B?", "0"), ("E?", "F?", "1")]
     assert corpus.notes() == {"malformed lines left out of train": 2}
     assert identity(path, bad_lines="drop") != identity(path)
-    (tmp_path / "train.jsonl").write_text('{"sentence": "a", "label": 1}\n{"sentence"\n["b", 1]\n')
+    rows = ['{"sentence": "a", "label": 1}', '{"sentence"', '["b", 1]', '{"sentence": "c", "label": null}']
+    (tmp_path / "train.jsonl").write_text("\n".join([*rows, '{"sentence": null, "label": 1}']))
     corpus = files(tmp_path / "train.jsonl", bad_lines="drop")
     assert read(corpus) == [("a", None, "1")]
-    assert corpus.notes() == {"malformed lines left out of train": 2}
+    assert corpus.notes() == {"malformed lines left out of train": 3, "blank rows left out of train": 1}
     with pytest.raises(ConfigError, match="data.bad_lines=skip is unknown; use data.bad_lines=refuse or"):
         files(path, bad_lines="skip")
 
@@ -185,7 +191,16 @@ def test_rows_that_are_also_trained_on_are_refused(tmp_path: Path, split: str) -
         ("a.tsv", b"index\tsentence\n0\tGood.\n", r"has the columns index, sentence: no sentence with a label .* GLUE"),
         ("a.jsonl", b'{"sentence": "a", "label": 1}\n{"sentence"\n', r"a.jsonl, line 2: not JSON"),
         ("a.jsonl", b'["a", 1]\n', r"a.jsonl, line 1: a list; give one JSON object"),
-        ("a.jsonl", b'{"sentence": "a", "label": null}\n', r"a.jsonl, line 1: label is None, neither text nor"),
+        (
+            "a.jsonl",
+            b'{"sentence": "a", "label": null}\n',
+            r"a.jsonl, line 1: label is empty; give every row",
+        ),
+        (
+            "a.jsonl",
+            b'{"sentence": "a", "label": [1]}\n',
+            r"a.jsonl, line 1: label is \[1\], neither text nor",
+        ),
         ("a.jsonl", b'{"sentence": "a", "label": 1}\n{"label": 1}\n', r"a.jsonl, line 2 has the columns label: no"),
         ("a.jsonl.gz", b"not packed", r"a.jsonl.gz, after line 0: cannot be read"),
     ],
@@ -223,8 +238,8 @@ class NumberedTable(list[dict[str, Any]]):
 def test_classes_of_the_hub_keep_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As those of MRPC, where `equivalent` is 1: by name it would be 0, and f1 would score the other class."""
     table = NumberedTable({"sentence": f"sentence {i}", "label": int(i % 3 > 0)} for i in range(30))
-    builder = SimpleNamespace(hash="0", download_and_prepare=lambda: None, as_dataset=lambda split: table)
-    monkeypatch.setattr(HubDataset, "builder", builder)
+    monkeypatch.setattr(HubDataset, "builder", SimpleNamespace(hash="0"))
+    monkeypatch.setattr(HubDataset, "table", lambda hub, split: table)
     sizes: dict[str, Any] = {"context": 16, "batch_size": 2, "vocab_size": 260, "cache_dir": tmp_path}
     data = HubGlue("given", val="train", test="train", **sizes)
     data.prepare_data()
@@ -279,6 +294,16 @@ class TestHub:
             assert [next(rows).label, next(rows).label] == ["yes", "no"]
             with pytest.raises(ConfigError, match="row 3 has the label -1, which is none of its classes"):
                 next(rows)
+
+    def test_null_is_blank_and_no_label(self, folder: Path) -> None:
+        rows = [{"text": "a", "label": "x"}, {"text": None, "label": "y"}, {"text": "c", "label": None}]
+        for split in ("train", "validation"):
+            (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows[: 2 if split == "train" else 3])))
+        corpus = HubLabels(str(folder), None, "train", None, "validation", AUTO)
+        assert [*read(corpus, "train"), *read(corpus, "val")] == [("a", None, "x")]
+        assert corpus.notes() == {"blank rows left out of train": 1}
+        with pytest.raises(ConfigError, match="row 3: label is empty; choose a split whose rows all have a label"):
+            read(corpus, "test")
 
     def test_what_is_missing_is_named(self, folder: Path) -> None:
         columns = ColumnChoice("premise", "hypothesis", "gold")

@@ -166,6 +166,8 @@ def test_classes_stand_in_order() -> None:
     assert order_classes({"10", "9", "-1"}) == ["-1", "9", "10"]
     assert order_classes({"b", "10", "a"}) == ["10", "a", "b"]
     assert order_classes({"equivalent", "not_equivalent"}) == ["equivalent", "not_equivalent"]
+    assert order_classes({"1.0", "1", "0"}) == ["0", "1", "1.0"]
+    assert order_classes({"2", "nan", "10", "1"}) == ["1", "10", "2", "nan"]
     assert order_classes({"b", "c", "a"}, ["c", "d", "a", "b"]) == ["c", "a", "b"]
 
 
@@ -227,6 +229,25 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path, lines, options, m
     with pytest.raises(ConfigError, match=message) as caught:
         load()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("val", "message"),
+    [
+        (["text|label", "c|2"], "val.tsv, line 2: the label '2' is none of the classes of data.train"),
+        (["text|label"], "data.val holds no labelled sentence"),
+        (["text|kind", "c|1"], "val.tsv has the columns text, kind: no sentence with a label"),
+    ],
+)
+def test_what_is_wrong_with_the_validation_is_said_before_the_tokenizer_learns(
+    tmp_path: Path, val: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evomoe.data.labelled.store.train_tokenizer", None)
+    train = write_table(tmp_path / "train.tsv", "sentence|label", "a|0", "b|1")
+    path = write_table(tmp_path / "val.tsv", *val)
+    data = GlueFiles(str(train), str(path), context=16, batch_size=1, vocab_size=260, cache_dir=tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        data.prepare_data()
 
 
 def test_a_corpus_too_small_to_hold_a_test_out_says_so(tmp_path: Path) -> None:

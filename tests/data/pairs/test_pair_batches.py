@@ -103,8 +103,9 @@ class TestTrainingOrder:
         assert sorted(index for batch in order for index in batch) == [1, 5, 7, 9]
 
     def test_what_does_not_fit_is_refused(self) -> None:
-        with pytest.raises(ConfigError, match=r"data.batch_tokens=8 does not hold the longest sentence of 12 tokens"):
+        with pytest.raises(ConfigError, match=r"data.batch_tokens=8 does not hold the longest sentence of 11 tokens"):
             sampler(np.array([3, 11]), batch_tokens=8)
+        assert sorted(sampler(np.array([3, 11]), batch_tokens=11).order(0)) == [[0], [1]]  # though 11 counts as 12
         with pytest.raises(ConfigError, match=r"1 pairs are fewer than 2 processes; give more text"):
             sampler(np.array([3]), world_size=2)
 

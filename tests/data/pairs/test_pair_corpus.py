@@ -113,6 +113,13 @@ class TestHub:
         assert read(corpus, "train") == [Pair("b", "a")]
         assert corpus.notes() == {"blank pairs left out of train": 3}
 
+    def test_a_column_of_that_name_may_be_text(self, folder: Path) -> None:
+        for split in ("train", "validation", "test"):
+            row = {"original": f"{split} en", "translation": f"{split} de"}
+            (folder / f"{split}.jsonl").write_text(json.dumps(row))
+        corpus = HubPairs("original", "translation", str(folder))
+        assert read(corpus, "test") == [Pair("test en", "test de")]
+
     def test_missing_splits_are_held_out(self, folder: Path) -> None:
         corpus = HubPairs("de", "en", str(folder), val=None, test=None, holdout=0.2)
         parts = [set(read(corpus, split)) for split in SPLITS]

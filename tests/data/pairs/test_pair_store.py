@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data.tiny_pairs import ready, sentences
+from data.tiny_pairs import ready, sentences, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomoe.data.pairs.corpus import Pair, PairCorpus
+from evomoe.data.pairs.corpus import Pair, PairCorpus, ParallelFiles
 from evomoe.data.pairs.store import PairStore
 from evomoe.data.tokenizer import Sample, Tokenizer
 from evomoe.errors import ConfigError
@@ -92,11 +92,23 @@ def test_a_damaged_cache_is_named(tmp_path: Path, damage: str) -> None:
 
 
 def test_nothing_is_left_of_a_build_that_fails(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="data.train holds no pair of sentences; give files with text"):
+    with pytest.raises(ConfigError, match="data.val holds no pair of sentences; give files with text"):
         PairStore.build(Given([Pair(" ", "b")]), 270, tmp_path)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigError, match="data.vocab_size=200 is too small: byte-level BPE needs at least 257"):
         PairStore.build(Given([Pair("a", "b")]), 200, tmp_path)
+
+
+def test_what_is_wrong_with_the_validation_is_said_before_the_tokenizer_learns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evomoe.data.pairs.store.train_tokenizer", None)
+    train, val = write(tmp_path / "train", ["a"], ["A"]), write(tmp_path / "val", ["b", "c"], ["B"])
+    with pytest.raises(ConfigError, match=r"^data.val: .*val.en has 2 lines and .*val.up has 1;"):
+        PairStore.build(ParallelFiles("en", "up", train, val), 270, tmp_path)
+    val = write(tmp_path / "val", [" "], [" "])
+    with pytest.raises(ConfigError, match="^data.val holds no pair of sentences; give files with text"):
+        PairStore.build(ParallelFiles("en", "up", train, val), 270, tmp_path)
 
 
 def test_a_given_tokenizer_encodes_and_names_the_folder(tmp_path: Path) -> None:

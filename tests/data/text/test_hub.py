@@ -94,6 +94,40 @@ def test_errors_are_one_line_with_the_value(folder: Path) -> None:
         HubCorpus("no-such-name-anywhere").identity()
 
 
+@pytest.mark.parametrize(
+    ("val", "test", "shared"),
+    [
+        ("train[:10]", "test", "val"),
+        ("validation", "train", "test"),
+        ("validation", "test+train[39:]", "test"),
+        ("all", "test", "val"),
+        ("train[40:]", "train[40:]", None),  # these two may be one
+        ("train[95%:]", "train[-3:]", None),
+    ],
+)
+def test_rows_that_are_also_trained_on_are_refused(folder: Path, val: str, test: str, shared: str | None) -> None:
+    corpus = HubCorpus(str(folder), text_field="body", train="train[:40]", val=val, test=test)
+    for split in SPLITS:
+        if split == shared:
+            with pytest.raises(ConfigError, match=rf"^data.{split}=.* is also trained on, as data.train=train\[:40\]"):
+                read(corpus, split)
+        else:
+            read(corpus, split)
+
+
+def test_what_goes_wrong_inside_datasets_is_said_in_one_line(folder: Path) -> None:
+    (folder / "test.jsonl").write_text(json.dumps({"other": [1]}))
+    with pytest.raises(ConfigError, match=r"^data.train=train of .*tiny: ") as caught:
+        read(HubCorpus(str(folder), text_field="body"), "train")
+    assert "\n" not in str(caught.value)
+    assert "An error occurred while generating the dataset" not in str(caught.value)
+    script = folder.parent / "scripted"
+    script.mkdir()
+    (script / "scripted.py").write_text("import datasets\n")
+    with pytest.raises(ConfigError, match=r"^data.name=.*scripted, data.config=None: Dataset scripts are no longer"):
+        HubCorpus(str(script)).identity()
+
+
 def test_names_the_extra_where_datasets_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r'data of the Hub need the package datasets; run pip install -e "\.\[hub\]"'):

@@ -166,6 +166,12 @@ class TestErrors:
         with pytest.raises(ConfigError, match=r"a.parquet is not a file ending in .txt, .txt.gz, .gz, .jsonl"):
             TextFileCorpus(write(tmp_path / "a.parquet", "a"))
 
+    @pytest.mark.parametrize("name", ["a.tar.gz", "a.csv.gz", "a.parquet.gz"])
+    def test_a_packed_file_of_another_kind(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).write_bytes(gzip.compress(b"x"))
+        with pytest.raises(ConfigError, match=rf"^data.train: .*{name} is no plain text inside; turn it into .txt or"):
+            TextFileCorpus(str(tmp_path / name))
+
     def test_empty_list(self) -> None:
         with pytest.raises(ConfigError, match=r"data.train is an empty list"):
             TextFileCorpus([])
@@ -203,6 +209,8 @@ class TestErrors:
             ('{"text": 3}', r"line 2: no text in field 'text'"),
             ("[1]", r"line 2: no text in field 'text' \(found: list\)"),
             ('{"text": "x"', r"line 2: not JSON"),
+            ("[" * 100_000, r"line 2: not JSON \(maximum recursion depth exceeded"),
+            ('{"text": ' + "1" * 5_000 + "}", r"line 2: not JSON \(Exceeds the limit"),
         ],
     )
     def test_bad_rows(self, tmp_path: Path, line: str, message: str) -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from rich.progress import Progress
 
+from evomoe.data.cache import save_array
 from evomoe.data.corpus import fingerprint
 from evomoe.data.text.corpus import Corpus, Piece
 from evomoe.data.text.store import TokenStore, _encode
@@ -205,16 +207,31 @@ def test_without_locks_all_builds_write_and_one_wins(tmp_path: Path, no_locks: N
     assert list(tmp_path.iterdir()) == [found[0]] == list(set(found))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
 def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
     class Full(FixedCorpus):
         def pieces(self, split: str, progress: Progress) -> Iterator[Piece]:
-            if self.reads == 5:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return super().pieces(split, progress)
+            for draft in tmp_path.iterdir():  # what is to be written next
+                with suppress(FileExistsError):
+                    (draft / f"{split}.bin").symlink_to("/dev/full")
+            return iter(self.texts[split])
 
     with pytest.raises(ConfigError, match=r"^paths.cache_dir=.* is full \(No space left on device\): delete what"):
         TokenStore.build(Full(), 300, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_an_array_says_that_the_disk_is_full() -> None:
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        save_array(Path("/dev/full"), np.arange(3))
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_an_array_comes_back(tmp_path: Path) -> None:
+    array = np.arange(6).reshape(2, 3)
+    save_array(tmp_path / "a.npy", array)
+    assert np.array_equal(np.load(tmp_path / "a.npy"), array)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,12 @@ import numpy as np
 
 from evomoe.data.hub import first_line
 from evomoe.errors import ConfigError
+
+BROKEN = (OSError, ValueError, SyntaxError, TypeError, AttributeError, LookupError, EOFError, struct.error)
+"""What Pillow raises for files that are broken."""
+
+ORIENTATION = 0x0112
+"""Tag of EXIF."""
 
 
 class Decoder:
@@ -30,9 +37,6 @@ class Decoder:
         if channels not in (1, 3):
             raise ConfigError(f"data.channels={channels}: expected 3 for colours or 1 for grey")
         self._pillow = _load_pillow()
-        from PIL.ImageOps import exif_transpose  # cameras write how they were held
-
-        self._upright = exif_transpose
         self.options = {"image_size": image_size, "channels": channels}
         self._image_size = image_size
         self._mode = "RGB" if channels == 3 else "L"
@@ -52,7 +56,7 @@ class Decoder:
             with self._pillow.open(source if isinstance(source, Path) else BytesIO(source)) as opened:
                 kind = opened.mode
                 image = self._upright(opened).convert(self._mode)
-        except (OSError, ValueError, SyntaxError, self._pillow.DecompressionBombError) as error:
+        except (self._pillow.DecompressionBombError, *BROKEN) as error:
             reason = "" if isinstance(error, self._pillow.UnidentifiedImageError) else f" ({first_line(error)})"
             raise ConfigError(f"{name} is no image that can be read{reason}: replace or delete it") from None
         if kind.startswith(("I", "F")):  # which Pillow would clip to 255
@@ -72,6 +76,20 @@ class Decoder:
     def count(self, pixels: np.ndarray) -> list[list[int]]:
         """Return how many pixels of each channel have each value, `(C, 256)`; as `bincount`, in a tenth of its time."""
         return [self._pillow.fromarray(np.ascontiguousarray(plane)).histogram() for plane in pixels]
+
+    def _upright(self, image: Any) -> Any:
+        """Turn an image as its camera was held; Pillow's own function fails at any other entry that is untidy."""
+        turns = self._pillow.Transpose
+        turn = {
+            2: turns.FLIP_LEFT_RIGHT,
+            3: turns.ROTATE_180,
+            4: turns.FLIP_TOP_BOTTOM,
+            5: turns.TRANSPOSE,
+            6: turns.ROTATE_270,
+            7: turns.TRANSVERSE,
+            8: turns.ROTATE_90,
+        }.get(image.getexif().get(ORIENTATION))
+        return image if turn is None else image.transpose(turn)
 
     def _resize(self, image: Any, size: int) -> Any:
         """Scale the shorter side to `size`, and cut a square out of the middle."""

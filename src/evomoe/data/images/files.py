@@ -13,7 +13,7 @@ import numpy as np
 
 from evomoe.data.cache import default_cache_dir
 from evomoe.data.corpus import SPLITS
-from evomoe.data.hub import HubDataset
+from evomoe.data.hub import HubDataset, load_datasets
 from evomoe.data.images.decoder import Decoder
 from evomoe.data.images.source import ImageSet, ImageSource, existing, with_validation
 from evomoe.data.images.store import EncodedImages, build_store, open_store
@@ -22,7 +22,7 @@ from evomoe.errors import ConfigError
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 TOOLS = frozenset({"__MACOSX", "__pycache__"})
-"""Names of folders that are no classes, as those that begin with a dot."""
+"""Names of folders that hold no data, as those that begin with a dot."""
 
 
 class EncodedSource(ImageSource):
@@ -116,8 +116,7 @@ class ImageFolder(EncodedSource):
 
     def _class_folders(self, split: str) -> list[Path]:
         """The folders of the classes, without those that tools leave behind."""
-        folders = (path for path in self._folder(split).iterdir() if path.is_dir())
-        return sorted(path for path in folders if not (path.name.startswith(".") or path.name in TOOLS))
+        return sorted(path for path in self._folder(split).iterdir() if path.is_dir() and _is_data(path.name))
 
     def _files(self, split: str, classes: list[str]) -> tuple[list[str], np.ndarray]:
         """The images of a split, and the class of each."""
@@ -129,12 +128,7 @@ class ImageFolder(EncodedSource):
                     f"the class {folder.name!r} of the {split} split has no training image: add some, or leave the "
                     "class out"
                 )
-            files = sorted(
-                os.path.join(place, name)
-                for place, _, names in os.walk(folder)
-                for name in names
-                if os.path.splitext(name)[1].lower() in SUFFIXES
-            )
+            files = _images_below(folder)
             if split == "train" and not files:
                 raise ConfigError(
                     f"the class {folder.name!r} has no training image: add some to {folder}, or delete it"
@@ -144,6 +138,20 @@ class ImageFolder(EncodedSource):
         if not images:
             raise ConfigError(f"{self._path / split} holds no image: expected a folder of images for each class")
         return images, np.array(labels, dtype=np.int64)
+
+
+def _images_below(folder: Path) -> list[str]:
+    """The paths of the images in a folder and in those that it holds, sorted."""
+    files = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = filter(_is_data, folders)
+        files += [os.path.join(place, name) for name in filter(_is_data, names)]
+    return sorted(file for file in files if os.path.splitext(file)[1].lower() in SUFFIXES)
+
+
+def _is_data(name: str) -> bool:
+    """Whether a file or a folder is the user's own, and not what a tool has left behind."""
+    return not (name.startswith(".") or name in TOOLS)
 
 
 def _file(files: list[str], number: int) -> tuple[Path, str]:
@@ -203,6 +211,11 @@ class HubImages(EncodedSource):
         tables = {split: self._table(split) for split in self._hub.splits}
         feature = tables["train"].features[self._label_field]
         named = hasattr(feature, "names")  # else the labels are numbers or words of any kind
+        if not (named or isinstance(feature, load_datasets().Value)):
+            raise ConfigError(f"data.label_field={self._label_field} holds {feature}, and no labels")
+        for split, table in tables.items():
+            if None in (labels := table[self._label_field][:]):
+                raise ConfigError(f"row {labels.index(None)} of {split} has no label: choose another split or column")
         values = range(len(feature.names)) if named else sorted(set(tables["train"][self._label_field]))
         classes = list(feature.names) if named else [str(value) for value in values]
         numbers = {value: number for number, value in enumerate(values)}
@@ -234,6 +247,8 @@ class HubImages(EncodedSource):
 
         def read(row: int) -> tuple[Path | bytes, str]:
             source = rows[row][self._image_field]
+            if source is None:
+                raise ConfigError(f"row {row} of {split} has no image: leave such rows out")
             return source["bytes"] or Path(source["path"]), f"row {row} of {split}"
 
         return EncodedImages(np.array(labels, dtype=np.int64), read)

@@ -17,7 +17,7 @@ from evomoe.data.datamodule import IdentifiedDataModule
 from evomoe.data.images.arrays import Cifar, Digits, IdxFiles
 from evomoe.data.images.augmentation import Augmentation
 from evomoe.data.images.files import HubImages, ImageFolder
-from evomoe.data.images.source import ImageSet, ImageSource, LabelledImages
+from evomoe.data.images.source import ImageSet, ImageSource, LabelledImages, check_square
 from evomoe.data.sampling import (
     Batch,
     ResumableDataLoader,
@@ -126,14 +126,12 @@ class ImageDataModule(IdentifiedDataModule):
         """Read all splits, whatever the stage.
 
         Raises:
-            ConfigError: The images are not square, or have a channel without any contrast.
+            ConfigError: The images are not square, or all of their channels are constant.
         """
         if self._images is not None:
             return
         images = self.source.load()
-        _, height, width = images.shape
-        if height != width:
-            raise ConfigError(f"the images have {height} x {width} pixels: expected square ones; cut or pad them")
+        check_square(images.shape, "cut or pad them")
         self._images = images
         if (np.count_nonzero(images.summary.counts, axis=1) == 1).all():
             raise ConfigError("every channel of the training images is constant: there is nothing to learn from them")
@@ -157,7 +155,7 @@ class ImageDataModule(IdentifiedDataModule):
 
     @property
     def std(self) -> np.ndarray:
-        """Standard deviation of each channel over the training split, `(C,)`, on the scale from 0 to 1; 1 for none."""
+        """Deviation of each channel over the training split, `(C,)`, on the scale from 0 to 1; 1 for a constant one."""
         return self._moments[1]
 
     @cached_property

@@ -36,6 +36,17 @@ def existing(path: str | Path) -> Path:
     return found
 
 
+def check_square(shape: tuple[int, ...], remedy: str) -> None:
+    """Refuse images `(C, H, W)` whose sides differ.
+
+    Raises:
+        ConfigError: They do.
+    """
+    _, height, width = shape
+    if height != width:
+        raise ConfigError(f"the images have {height} x {width} pixels: expected square ones; {remedy}")
+
+
 class Labelled(Protocol):
     """Items with a class each, of which some can be chosen."""
 

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress, TaskID
 
-from evomoe.data.cache import build_folder, damage_named
+from evomoe.data.cache import build_folder, damage_named, save_array
 from evomoe.data.corpus import SPLITS
 from evomoe.data.images.decoder import Decoder
-from evomoe.data.images.source import ImageSet, PixelSummary, PixelTally, check_labels, map_images
+from evomoe.data.images.source import ImageSet, PixelSummary, PixelTally, check_labels, check_square, map_images
 from evomoe.errors import ConfigError
 
 FORMAT = 1
@@ -79,12 +79,13 @@ def build_store(
     def write(draft: Path, progress: Progress) -> None:
         total = sum(len(split.labels) for split in splits.values())
         shape = decoder.decode(*splits["train"].read(0)).shape
+        check_square(shape, f"have them cut, as by data.image_size={min(shape[1:])}")
         _check_space(draft, total * int(np.prod(shape)))
         task = progress.add_task("decoding", total=total)
         tally = PixelTally(classes, shape)
         unreadable: list[str] = []
         for name, split in splits.items():
-            np.save(draft / f"{name}_labels.npy", split.labels)
+            save_array(draft / f"{name}_labels.npy", split.labels)
             decoded = _decode(split, decoder, name == "train", progress, task)
             with (draft / f"{name}.npy").open("wb") as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (len(split.labels), *shape)}

@@ -39,8 +39,8 @@ class Columns(NamedTuple):
 
 GLUE_COLUMNS = (
     Columns("sentence1", "sentence2", "gold_label"),  # MNLI
-    Columns("sentence1", "sentence2", "score"),  # STS-B
     Columns("sentence1", "sentence2", "label"),  # RTE, WNLI
+    Columns("sentence1", "sentence2", "score"),  # STS-B
     Columns("question1", "question2", "is_duplicate"),  # QQP
     Columns("#1 String", "#2 String", "Quality"),  # MRPC
     Columns("question", "sentence", "label"),  # QNLI

@@ -44,8 +44,8 @@ class DocstringOrigin(LabelledCorpus):
     """
 
     def __init__(self, packages: Sequence[str] = PACKAGES, per_class: int | None = None) -> None:
-        if len(set(packages)) < 2:
-            raise ConfigError(f"data.packages=[{','.join(packages)}]: expected at least two packages to tell apart")
+        if not 2 <= len(set(packages)) == len(packages):
+            raise ConfigError(f"data.packages=[{','.join(packages)}]: expected two or more packages, each of them once")
         if per_class is not None and per_class < 1:
             raise ConfigError(f"data.per_class={per_class}: expected at least 1 paragraph of each package, or null")
         self._corpus = EmbeddedCorpus("docs", packages=packages, standard_library=None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.progress import Progress
 from evomoe.data.corpus import SPLITS, HoldOut, track
 from evomoe.data.hub import HubDataset
 from evomoe.data.labelled.corpus import ColumnChoice, LabelledCorpus, Row
-from evomoe.data.text.files import digest, lines, refuse_overlap, without_surrogates
+from evomoe.data.text.files import digest, is_json, lines, parse_json, refuse_overlap, without_surrogates
 from evomoe.errors import ConfigError
 
 BAD_LINES = ("refuse", "drop")
@@ -89,13 +88,13 @@ class LabelledFiles(LabelledCorpus):
     def _rows(self, split: str, progress: Progress) -> Iterator[Row]:
         file = self._files[split]
         self._bad_lines[split] = 0
-        records = self._json(split) if ".jsonl" in file.suffixes else self._fields(split)
+        each_has_names = is_json(file)
+        records = self._json(split) if each_has_names else self._fields(split)
         names = None
         for number, record in track(progress, records, None, f"reading {split}"):
             place = f"{file}, line {number}"
-            if names is None or ".jsonl" in file.suffixes:
-                where = place if ".jsonl" in file.suffixes else str(file)
-                names = self._columns.resolve(record, f"data.{split}: {where}")
+            if names is None or each_has_names:
+                names = self._columns.resolve(record, f"data.{split}: {place if each_has_names else file}")
             second = None if names.second is None else _text(record, names.second, place)
             row = Row(_text(record, names.first, place), second, _text(record, names.label, place), place)
             if row.label.strip():
@@ -128,9 +127,9 @@ class LabelledFiles(LabelledCorpus):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                self._reject(split, f"{file}, line {number}: not JSON ({error.msg}); give one JSON object per line")
+                record = parse_json(line, f"{file}, line {number}")
+            except ConfigError as error:
+                self._reject(split, str(error))
                 continue
             if isinstance(record, dict):
                 yield number, record
@@ -200,6 +199,8 @@ class HubLabels(LabelledCorpus):
         for number, record in enumerate(track(progress, table, len(table), f"reading {split}"), start=1):
             place = f"{name}, row {number}"
             label = _text(record, columns.label, place)
+            if not label.strip():
+                raise ConfigError(f"{place}: {columns.label} is empty; choose a split whose rows all have a label")
             if classes is not None:
                 if not 0 <= int(label) < len(classes):  # the Hub marks the rows of an unlabelled test with -1
                     raise ConfigError(
@@ -211,8 +212,10 @@ class HubLabels(LabelledCorpus):
 
 
 def _text(record: Mapping[str, Any], column: str, place: str) -> str:
-    """Return a field as text; JSON may write a label as a number."""
+    """Return a field as text, empty where it is null; JSON may write a label as a number."""
     value = record[column]
+    if value is None:
+        return ""
     if not isinstance(value, str | int | float):
         raise ConfigError(f"{place}: {column} is {value!r}, neither text nor a number")
     return without_surrogates(str(value))

@@ -17,12 +17,13 @@ from typing import Any, ClassVar
 import numpy as np
 from rich.progress import Progress
 
+from evomoe.data.cache import save_array
 from evomoe.data.corpus import SPLITS
 from evomoe.data.encoding import id_dtype
 from evomoe.data.labelled.corpus import LabelledCorpus, Row
 from evomoe.data.store import Store
 from evomoe.data.tokenizer import Tokenizer
-from evomoe.data.two_sided import both_sides, encode, side_lengths, train_tokenizer
+from evomoe.data.two_sided import both_sides, encode, read_ahead, side_lengths, train_tokenizer
 from evomoe.errors import ConfigError
 
 _MOST_CLASSES = 1000
@@ -89,22 +90,24 @@ class LabelledStore(Store):
         *,
         regression: bool = False,
     ) -> tuple[Tokenizer, dict[str, Any]]:
+        classes = None if regression else _classes(corpus, progress)
+        numbers = None if classes is None else {name: number for number, name in enumerate(classes)}
+        read_ahead(corpus, progress, lambda row: _label(row, numbers))
         if tokenizer is None:
             tokenizer = train_tokenizer(corpus, vocab_size, progress)
-        classes = None if regression else _classes(corpus, progress)
         pairs = {}
         for split in SPLITS:
-            encoded = _encode(corpus.items(split, progress), tokenizer, classes)
+            encoded = _encode(corpus.items(split, progress), tokenizer, numbers)
             if len(encoded) == 0:
                 raise ConfigError(corpus.explain_empty(split))
             for part in ("ids", "ends", "labels"):
-                np.save(draft / f"{split}.{part}.npy", getattr(encoded, part))
+                save_array(draft / f"{split}.{part}.npy", getattr(encoded, part))
             pairs[split] = bool((encoded.lengths()[:, 1] > 0).any())
         return tokenizer, {"classes": classes, "pairs": pairs["train"]}
 
 
 def order_classes(labels: set[str], given: list[str] | None = None) -> list[str]:
-    """Return the classes in order: as given, or else by value if all are numbers, or else by name.
+    """Return the classes in order: as given, or else by value if all are finite numbers, or else by name.
 
     Args:
         labels: Names of the classes.
@@ -112,10 +115,9 @@ def order_classes(labels: set[str], given: list[str] | None = None) -> list[str]
     """
     if given is not None:
         return [name for name in given if name in labels]
-    try:
-        return sorted(labels, key=float)
-    except ValueError:
-        return sorted(labels)
+    names = sorted(labels)
+    values = _finite(names)
+    return names if values is None else [name for _, name in sorted(zip(values, names, strict=True))]
 
 
 def _classes(corpus: LabelledCorpus, progress: Progress) -> list[str]:
@@ -135,15 +137,20 @@ def _classes(corpus: LabelledCorpus, progress: Progress) -> list[str]:
 
 def _are_fractions(labels: Iterable[str]) -> bool:
     """Whether all labels are finite numbers, and some of them not whole."""
+    values = _finite(labels)
+    return values is not None and not all(value.is_integer() for value in values)
+
+
+def _finite(labels: Iterable[str]) -> list[float] | None:
+    """The labels as numbers; None if one is none, or not finite."""
     try:
-        numbers = [float(label) for label in labels]
+        values = [float(label) for label in labels]
     except ValueError:
-        return False
-    return all(map(math.isfinite, numbers)) and not all(number.is_integer() for number in numbers)
+        return None
+    return values if all(map(math.isfinite, values)) else None
 
 
-def _encode(rows: Iterator[Row], tokenizer: Tokenizer, classes: list[str] | None) -> EncodedRows:
-    numbers = None if classes is None else {name: number for number, name in enumerate(classes)}
+def _encode(rows: Iterator[Row], tokenizer: Tokenizer, numbers: dict[str, int] | None) -> EncodedRows:
     dtype = id_dtype(tokenizer)
     ids = [np.zeros(0, dtype)]
     labels: list[float] = []

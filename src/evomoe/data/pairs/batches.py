@@ -77,7 +77,8 @@ class BucketSampler(TrainingSampler):
 
     In every epoch all pairs are sorted by length, those of one length in a new order, and cut into global batches of at
     most `batch_tokens` for each process, whose order is drawn too. As the sorted lengths are the same in every epoch,
-    so is the number of batches.
+    so is the number of batches. Over several processes the pairs that fill no global batch, fewer than these, are some
+    of the longest.
 
     Args:
         lengths: Tokens of the longer side of each pair, its end included.
@@ -102,7 +103,8 @@ class BucketSampler(TrainingSampler):
         rank: int,
         world_size: int,
     ) -> None:
-        self._lengths = -(-lengths // LENGTH_STEP) * LENGTH_STEP
+        rounded = -(-lengths // LENGTH_STEP) * LENGTH_STEP
+        self._lengths = np.minimum(rounded, np.maximum(lengths, batch_tokens))  # not beyond what a batch holds
         self._indices = indices
         self._cuts = cut(np.sort(self._lengths), batch_tokens, world_size)
         identity = {**identity, "data.batch_tokens": batch_tokens}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from rich.progress import Progress
 
 from evomoe.data.corpus import SPLITS, HoldOut, ItemCorpus, track
-from evomoe.data.hub import HubDataset
+from evomoe.data.hub import HubDataset, load_datasets
 from evomoe.data.text.files import digest, lines, refuse_overlap
 from evomoe.errors import ConfigError
 
@@ -117,7 +117,8 @@ class ParallelFiles(PairCorpus):
 class HubPairs(PairCorpus):
     """A data set of the Hub, or a local folder of JSON, Parquet or CSV files, with a column for each language.
 
-    A column `translation` that holds all languages of a row, as those of WMT and OPUS do, is looked into.
+    A column `translation` that holds all languages of a row, as those of WMT and OPUS do, is looked into; one that is
+    text is a column like any other.
 
     Args:
         source: Column, or key of `translation`, of the source language.
@@ -164,8 +165,10 @@ class HubPairs(PairCorpus):
 
     def _rows(self, split: str, progress: Progress) -> Iterator[Pair]:
         table = self._hub.table(split)
+        column = table.features.get("translation")
+        nested = column is not None and not isinstance(column, load_datasets().Value)
         for row in track(progress, table, len(table), f"reading {split}"):
-            texts = row.get("translation", row) or {}
+            texts = (row["translation"] or {}) if nested else row
             for key, language in (("source", self.source), ("target", self.target)):
                 if texts and not isinstance(texts.get(language, 0), str | None):
                     known = ", ".join(texts)

@@ -15,12 +15,13 @@ from typing import Any, ClassVar
 import numpy as np
 from rich.progress import Progress
 
+from evomoe.data.cache import save_array
 from evomoe.data.corpus import SPLITS
 from evomoe.data.encoding import TokenFile, check_length, id_dtype
 from evomoe.data.pairs.corpus import PairCorpus
 from evomoe.data.store import Store
 from evomoe.data.tokenizer import Tokenizer
-from evomoe.data.two_sided import both_sides, encode, side_lengths, train_tokenizer
+from evomoe.data.two_sided import both_sides, encode, read_ahead, side_lengths, train_tokenizer
 from evomoe.errors import ConfigError
 
 
@@ -100,15 +101,16 @@ class PairStore(Store):
         vocab_size: int,
         tokenizer: Tokenizer | None,
     ) -> tuple[Tokenizer, dict[str, Any]]:
+        read_ahead(corpus, progress)
         if tokenizer is None:
             tokenizer = train_tokenizer(corpus, vocab_size, progress)
         dtype = id_dtype(tokenizer)
         counts = {}
         for split in SPLITS:
             with (draft / f"{split}.bin").open("wb") as file:
-                ends = encode(corpus.items(split, progress), tokenizer, dtype, lambda ids: ids.tofile(file))
+                ends = encode(corpus.items(split, progress), tokenizer, dtype, lambda ids: file.write(ids.tobytes()))
             if len(ends) == 0:
                 raise ConfigError(corpus.explain_empty(split))
-            np.save(draft / f"{split}.ends.npy", ends)
+            save_array(draft / f"{split}.ends.npy", ends)
             counts[split] = asdict(PairCount(len(ends), *side_lengths(ends).sum(axis=0).tolist()))
         return tokenizer, {"dtype": dtype, "splits": counts}

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ class EmbeddedCorpus(Corpus):
         self._roots = {_STANDARD_LIBRARY: standard_library} if standard_library is not None else {}
         self._versions = {_STANDARD_LIBRARY: platform.python_version()} if standard_library is not None else {}
         for package in packages:
-            specification = importlib.util.find_spec(package)
+            specification = _find_spec(package)
             if specification is None or not specification.submodule_search_locations:
                 self._versions[package] = "absent"
                 continue
@@ -214,6 +215,13 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _find_spec(package: str) -> ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(package)
+    except ModuleNotFoundError:  # of the package that should hold it
+        return None
 
 
 def _version(package: str) -> str:

@@ -20,13 +20,15 @@ from evomoe.data.corpus import SPLITS, HoldOut, track
 from evomoe.data.text.corpus import Corpus, Piece, blocks, select
 from evomoe.errors import ConfigError
 
-_SUFFIXES = (".txt", ".txt.gz", ".gz", ".jsonl", ".jsonl.gz")
+_JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+_SUFFIXES = (".txt", ".txt.gz", ".gz", *_JSON_SUFFIXES)
+_NO_TEXT = (".arrow.gz", ".csv.gz", ".parquet.gz", ".tar.gz", ".tsv.gz", ".warc.gz", ".xml.gz")
 _PART_BYTES = 1 << 16  # of a line of running text that are read at once
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class TextFileCorpus(Corpus):
-    """Text files (`.txt`, `.gz`: one file is one document) and JSON lines (`.jsonl`, `.jsonl.gz`: one row is one).
+    """Text files (`.txt`: one file is one document) and JSON lines (`.jsonl`, `.json`: one row is one), also as `.gz`.
 
     Args:
         train: A path, a glob pattern, or a list of them.
@@ -77,7 +79,7 @@ class TextFileCorpus(Corpus):
     def _read(self, split: str, progress: Progress) -> Iterator[Piece]:
         files = self._files[split]
         for file in track(progress, files, len(files), f"reading {split}"):
-            if _is_json(file):
+            if is_json(file):
                 yield from _rows(file, self._text_field)
             else:
                 yield from blocks(lines(file, _PART_BYTES))
@@ -96,14 +98,17 @@ def _find(split: str, paths: str | Sequence[str]) -> list[Path]:
                 raise ConfigError(f"data.{split}: {file} is a folder; for its files write data.{split}='{file}/*.txt'")
             if not file.is_file() or not file.name.endswith(_SUFFIXES):
                 raise ConfigError(f"data.{split}: {file} is not a file ending in {', '.join(_SUFFIXES)}")
+            if file.name.endswith(_NO_TEXT):
+                raise ConfigError(f"data.{split}: {file} is no plain text inside; turn it into .txt or .jsonl files")
         files += found
     if not files:
         raise ConfigError(f"data.{split} is an empty list; give at least one path, as in data.{split}=my/text.txt")
     return files
 
 
-def _is_json(file: Path) -> bool:
-    return file.name.endswith((".jsonl", ".jsonl.gz"))
+def is_json(file: Path) -> bool:
+    """Whether a file holds one JSON object per line."""
+    return file.name.endswith(_JSON_SUFFIXES)
 
 
 def _open(file: Path) -> IO[bytes]:
@@ -112,7 +117,7 @@ def _open(file: Path) -> IO[bytes]:
 
 def digest(file: Path) -> str:
     """Return hexadecimal digits that name the content of a file and how it is read."""
-    content = hashlib.blake2b(_is_json(file).to_bytes(1, "big"), digest_size=16)
+    content = hashlib.blake2b(is_json(file).to_bytes(1, "big"), digest_size=16)
     with file.open("rb") as stream:
         while chunk := stream.read(1 << 20):
             content.update(chunk)
@@ -164,6 +169,19 @@ def lines(file: Path, part_bytes: int = -1) -> Iterator[str]:
         raise ConfigError(f"{file}, after line {number}: cannot be read ({error})") from error
 
 
+def parse_json(line: str, place: str) -> Any:
+    """Return what a line of JSON holds.
+
+    Raises:
+        ConfigError: It is no JSON, too deep, or has a number of thousands of digits.
+    """
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise ConfigError(f"{place}: not JSON ({reason}); give one JSON object per line") from error
+
+
 def without_surrogates(text: str) -> str:
     """Return the text with U+FFFD for each half of a pair of surrogates, which JSON can write and UTF-8 cannot."""
     return _LONE_SURROGATE.sub("\ufffd", text)
@@ -173,12 +191,7 @@ def _rows(file: Path, text_field: str) -> Iterator[Piece]:
     for number, line in enumerate(lines(file), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"{file}, line {number}: not JSON ({error.msg}); give one JSON object per line"
-            ) from error
+        row = parse_json(line, f"{file}, line {number}")
         if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
             fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             raise ConfigError(

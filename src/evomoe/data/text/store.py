@@ -101,7 +101,7 @@ def _encode(pieces: Iterable[Piece], tokenizer: Tokenizer, path: Path, dtype: st
         def write(ids: list[int]) -> None:
             nonlocal tokens
             tokens += len(ids)
-            np.asarray(ids, dtype=dtype).tofile(file)
+            file.write(np.asarray(ids, dtype=dtype).tobytes())  # tofile would hide that the disk is full
 
         write([tokenizer.end_of_text_id])
         for batch in _batches(pieces):

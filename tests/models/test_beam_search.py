@@ -168,7 +168,9 @@ def test_what_cannot_work_is_refused(options, message):
         beam_search(build(), sources, begin_id=BEGIN, end_id=END, **options)
 
 
-@pytest.mark.parametrize("option", [{"ratio": -0.5}, {"ratio": "long"}, {"offset": -1}, {"offset": 2.5}])
+@pytest.mark.parametrize(
+    "option", [{"ratio": -0.5}, {"ratio": "long"}, {"ratio": float("inf")}, {"offset": -1}, {"offset": 2.5}]
+)
 def test_a_limit_that_cannot_be_is_refused(option):
     ((name, value),) = option.items()
     kind = {"ratio": "a number", "offset": "a whole number"}[name]

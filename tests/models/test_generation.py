@@ -91,6 +91,17 @@ def test_generation_restores_training_mode_and_ignores_dropout(build: Build) -> 
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_modules_that_were_frozen_stay_so(build: Build) -> None:
+    model = build().train()
+    (layer,) = model.moe_layers.values()
+    layer.eval()
+    generate(model, PROMPTS, 1)
+    assert model.training
+    assert model.blocks[0].training
+    assert not layer.training
+    assert not layer.router.training
+
+
 @torch.no_grad()
 def test_traced_experts_are_those_of_the_routing(build: Build) -> None:
     model = build(num_layers=4).eval()

@@ -250,6 +250,21 @@ def test_words_before_a_cached_chunk_are_remembered(build: Build, tokens: Tensor
             assert torch.equal(layer.router.inputs.previous_ids.view_as(expected), expected)
 
 
+@torch.no_grad()
+def test_padding_takes_no_place_in_the_cache(build: Build, tokens: Tensor) -> None:
+    model = build(router=TopK).eval()
+    lengths = torch.tensor([3, 5])
+    valid = torch.arange(model.context) < lengths[:, None]
+    padded = torch.where(valid, tokens[:2, :1].expand_as(valid), 0)
+    cache = model.new_cache(2)
+    model(padded, valid=valid, cache=cache)
+    for _ in range(3):
+        logits, _ = model(torch.tensor([[1], [2]]), cache=cache)
+    for row, length in enumerate(lengths.tolist()):
+        whole = torch.tensor([[*padded[row, :length].tolist(), *[row + 1] * 3]])
+        assert torch.allclose(logits[row, -1], model(whole)[0][0, -1], atol=1e-5)
+
+
 def test_fine_grained_and_shared_experts_have_the_size_that_was_asked_for(build: Build, tokens: Tensor) -> None:
     model = build(d_ff=64, d_expert=16, shared_experts=3, num_experts=5)
     (layer,) = model.moe_layers.values()

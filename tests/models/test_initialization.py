@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from evomoe.models.gpt import GPT
 from evomoe.models.initialization import draw_normal_, seeded
+from evomoe.routing.contract import Router, Routing, RoutingInput
 from evomoe.routing.methods.dts import DTSGate
 from evomoe.routing.methods.switch import Switch
+from evomoe.routing.methods.topk import TopK
 
 Build = Callable[..., GPT]
 
@@ -48,6 +52,29 @@ def test_methods_share_every_weight_outside_experts_and_routers(build: Build) ->
         shared = {name: p for name, p in model.named_parameters() if ".router." not in name and name in dense}
         assert shared.keys() == dense.keys()  # expert 0 bears the name of the dense feed-forward
         assert all(torch.equal(parameter, dense[name]) for name, parameter in shared.items())
+
+
+def test_a_router_of_ordinary_modules_is_drawn_too(build: Build) -> None:
+    class TwoLayers(Router):
+        def __init__(self, d_model: int, num_experts: int) -> None:
+            super().__init__(d_model, num_experts)
+            self.net = nn.Sequential(nn.Linear(d_model, 8), nn.GELU(), nn.Linear(8, num_experts))
+            self.topk = TopK(num_experts, num_experts)
+
+        def forward(self, inputs: RoutingInput) -> Routing:
+            return self.topk(replace(inputs, hidden=self.net(inputs.hidden)))
+
+    first, second = (build(router=TwoLayers).blocks[1].feed_forward.router.net for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(parameter.std() > 0 for parameter in first.parameters())
+
+
+def test_all_experts_live_in_weights_that_are_drawn_anew(build: Build) -> None:
+    model = build()
+    (layer,) = model.moe_layers.values()
+    layer.live_experts = 1
+    model.init_weights(0)
+    assert layer.live_experts == layer.num_experts
 
 
 def test_experts_start_different_from_one_another(build: Build) -> None:

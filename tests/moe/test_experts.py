@@ -309,6 +309,11 @@ def test_auto_is_the_loop_on_cpu() -> None:
     assert Experts(2, 5, 7).mix(torch.randn(1, 5), sparse(torch.ones(1, 2))).shape == (1, 5)
 
 
+def test_double_precision_has_no_grouped_kernel():
+    with pytest.raises(ConfigError, match=r"^backend='grouped_mm' has no float64: .*, or backend='loop'$"):
+        make(3, "grouped_mm").double()(torch.zeros(3, 8).double(), torch.tensor([1, 1, 1]))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -193,6 +193,40 @@ def test_a_batch_of_padding():
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))
 
 
+@every_row
+@every_mode
+def test_a_batch_of_nothing(row, train):
+    layer = make_row(row).train(train)
+    hidden = torch.zeros(0, S, D, requires_grad=True)
+    output, routing = layer(hidden, token_ids=TOKEN_IDS[:0], previous_ids=PREVIOUS_IDS[:0])
+    assert output.shape == hidden.shape
+    assert routing.num_tokens.item() == 0
+    if not row.soft:
+        assert routing.tokens_per_expert.sum().item() == 0
+
+
+@every_row
+def test_what_was_built_without_memory_is_whole_once_drawn(row):
+    """A model may be built on the meta device, and get its memory and its weights later."""
+    with torch.device("meta"):
+        router = row.factory(D, E)
+    router.to_empty(device="cpu")
+    usual = row.factory(D, E)
+    for drawn in (usual, router):
+        torch.manual_seed(0)
+        drawn.reset_parameters()
+    found = {**dict(router.named_parameters()), **dict(router.named_buffers())}
+    for name, tensor in (*usual.named_parameters(), *usual.named_buffers()):
+        assert torch.equal(found[name], tensor), name
+
+
+def test_a_number_of_live_experts_that_cannot_be_is_not_loaded():
+    state = make(TopK).state_dict()
+    state["born"].fill_(E + 1)
+    with pytest.raises(ValueError, match=f"live_experts={E + 1}: expected 1 or {E}"):
+        make(TopK).load_state_dict(state)
+
+
 # While one expert lives
 
 

@@ -86,6 +86,23 @@ def test_equal_scores_balance():
     assert balanced_assignment(torch.zeros(40, 4)).bincount(minlength=4).tolist() == [10] * 4
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["equal experts", "equal tokens", "half of the tokens equal", "rounded"])
+def test_ties_are_balanced_exactly_and_at_once(kind):
+    """Token by token the first two would take most of a minute."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(4096, 32, generator=generator)
+    scores = {
+        "equal experts": torch.zeros(4096, 32),
+        "equal tokens": scores[:1].expand(4096, -1),
+        "half of the tokens equal": torch.cat([scores[:1].expand(2048, -1), scores[2048:]]),
+        "rounded": (scores * 4).round(),
+    }[kind]
+    expert = balanced_assignment(scores)
+    assert torch.equal(expert.bincount(minlength=32), torch.full((32,), 128))
+    assert float(scores.double().gather(1, expert[:, None]).sum()) == pytest.approx(optimum(scores), rel=1e-9)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_scores_that_are_not_finite_do_not_keep_it_from_ending(bad):
     scores = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))

@@ -5,6 +5,7 @@ Shapes: B sentences, W beam width, R rows (W for each sentence still open), M so
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,8 +20,9 @@ from evomoe.models.transformer import Transformer
 class LengthLimit:
     """Most tokens of a translation, its end included, by those of its source, its end included: a line.
 
-    fairseq's ``--max-len-a`` and ``--max-len-b``, but of each sentence by itself and not of the longest of a batch, so
-    that a translation does not depend on what is translated beside it.
+    As fairseq's ``--max-len-a`` and ``--max-len-b``, but of each sentence by itself and not of the longest of a batch,
+    so that a translation does not depend on what is translated beside it, and without the one token more that fairseq
+    allows for the end.
 
     Args:
         ratio: factor of the source's tokens; None for 0.
@@ -36,7 +38,7 @@ class LengthLimit:
     def __post_init__(self) -> None:
         for name, value in (("max_length_ratio", self.ratio), ("max_length_offset", self.offset)):
             kinds = (int, float) if name == "max_length_ratio" else (int,)
-            if value is not None and not (type(value) in kinds and value >= 0):
+            if value is not None and not (type(value) in kinds and 0 <= value < math.inf):
                 kind = "a number" if len(kinds) > 1 else "a whole number"
                 raise ConfigError(f"{name}={value}: expected {kind} of 0 or above, or null")
 

@@ -289,6 +289,7 @@ class Block(nn.Module):
             _init_linear(self.cross_attention.output, seed, f"{name}/cross_output", output_std)
         _init_experts(self.feed_forward.experts, seed, f"{name}/expert", std, output_std)
         if isinstance(self.feed_forward, MoELayer):
+            self.feed_forward.live_experts = self.feed_forward.num_experts
             if self.feed_forward.shared is not None:
                 _init_experts(self.feed_forward.shared, seed, f"{name}/shared", std, output_std)
             with seeded(seed, f"{name}/router", self.attention.qkv.weight.device):

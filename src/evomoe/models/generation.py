@@ -212,18 +212,19 @@ def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, and uncompiled; the former mode comes back afterwards.
+    """Eval mode without gradients, and uncompiled; the former mode of each module comes back afterwards.
 
     The shapes of generation change with each token: compiling them would use up the compiler's limit of variants, and
     leave the training that follows uncompiled.
     """
-    training = model.training
+    former = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        model.train(training)
+        for module, training in former.items():
+            module.training = training
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None, max_new_tokens: int) -> None:

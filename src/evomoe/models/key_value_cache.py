@@ -51,6 +51,7 @@ class KeyValueCache:
         self.last_ids = torch.full((batch,), -1, device=device)
         # The longest row, kept on the host so that no step waits for the device to know how many keys to read.
         self.extent = 0
+        self._padded = False
         self.positions = torch.zeros(batch, 0, device=device, dtype=torch.long)
         self.mask: Tensor | None = None
 
@@ -67,6 +68,8 @@ class KeyValueCache:
         Raises:
             ConfigError: if the cache is full.
         """
+        if self._padded:  # and the padding is to be overwritten
+            self.extent, self._padded = int(self.lengths.max()), False
         if self.extent + sequence > self.capacity:
             raise ConfigError(
                 f"the key-value cache holds {self.extent} of at most {self.capacity} tokens, so {sequence} more do not "
@@ -75,6 +78,7 @@ class KeyValueCache:
         device = self.lengths.device
         self.positions = self.lengths[:, None] + torch.arange(sequence, device=device)  # (B, S)
         first = self.extent == 0
+        self._padded = valid is not None and sequence > 1
         self.extent += sequence
         if (more := self.extent - self.keys.shape[3]) > 0:
             # Twice as many as before, lest every step copies all.

@@ -1,4 +1,4 @@
-"""The work: expert weights, their kernels, the MoE layer, and the spawning of experts. Needs torch only."""
+"""The work: expert weights, their kernels, the MoE layer, and the spawning of experts. Needs torch, numpy and scipy."""
 
 from evomoe.moe.experts import Experts
 from evomoe.moe.layer import MoELayer, RouterFactory

@@ -138,6 +138,8 @@ class Experts(nn.Module):
     def _use_grouped(self, rows: Tensor) -> bool:
         if self.backend == "auto":
             return self.aligned and rows.is_cuda and compute_dtype(rows) == torch.bfloat16
+        if self.backend == "grouped_mm" and compute_dtype(rows) == torch.float64:
+            raise ConfigError("backend='grouped_mm' has no float64: expected float32 or less, or backend='loop'")
         return self.backend == "grouped_mm"
 
     def _weights(self) -> Weights:

@@ -97,7 +97,7 @@ class MoELayer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._live = int(self.born)
+        self.live_experts = int(self.born)
 
     def forward(
         self,
@@ -171,7 +171,7 @@ class MoELayer(nn.Module):
 
     def _mix_slots(self, flat: Tensor, routing: SoftRouting) -> Tensor:
         groups, size, num_experts, capacity = routing.dispatch.shape
-        grouped = flat.view(groups, size, -1)
+        grouped = flat.view(groups, size, flat.shape[1])
         slots = torch.einsum("gsec,gsd->egcd", routing.dispatch.to(flat.dtype), grouped)  # (E, G, C, D)
         counts = torch.full((num_experts,), groups * capacity, device=flat.device)
         outputs = self.experts(slots.reshape(-1, flat.shape[1]), counts).view_as(slots)

@@ -6,8 +6,9 @@ two steps that suit T >> E:
 1. Prices that nearly balance the load, by annealed Sinkhorn iterations over the whole score matrix. Every token then
    takes the expert of the highest score minus price. Such a choice is optimal for the load that it happens to have.
 2. Successive shortest paths over the experts: while an expert has too many tokens, the cheapest chain of moves that
-   ends at one with too few is carried out. Every step keeps the choice optimal for its load, and so the last one is
-   optimal for the balanced load (Ahuja, Magnanti and Orlin, *Network Flows*, section 9.7).
+   ends at one with too few is carried out, for all tokens at once that lose the same by it. Every step keeps the choice
+   optimal for its load, and so the last one is optimal for the balanced load (Ahuja, Magnanti and Orlin, *Network
+   Flows*, section 9.7).
 
 The published solver, an auction (Bertsekas), is within a tolerance of the optimum and needs E to divide T.
 
@@ -100,10 +101,14 @@ class _Repair:
         """The balanced choice, ``(T,)``."""
         while (self.excess > 0).any():
             path = self._cheapest_path()
-            for start, end in itertools.pairwise(path):
-                self._move(start, end)
-            self.excess[path[0]] -= 1
-            self.excess[path[-1]] += 1
+            units = 1
+            if self.reserve in path:
+                for start, end in itertools.pairwise(path):
+                    self._move(start, end)
+            else:
+                units = self._move_alike(path)
+            self.excess[path[0]] -= units
+            self.excess[path[-1]] += units
             for node in path:
                 if node != self.reserve:
                     self._price_moves(node)
@@ -135,6 +140,19 @@ class _Repair:
             self.cost[start, end], self.cost[end, start] = np.inf, 0
         else:
             self.expert[self.mover[start, end]] = end
+
+    def _move_alike(self, path: list[int]) -> int:
+        """Move tokens along a path of experts, as many at once as lose the same; returns how many."""
+        units = int(min(self.excess[path[0]], -self.excess[path[-1]]))
+        movers = []
+        for start, end in itertools.pairwise(path):
+            own = np.flatnonzero(self.expert == start)
+            loss = self.scores[own, start] - self.scores[own, end]
+            movers.append(own[loss == self.cost[start, end]])
+            units = min(units, movers[-1].size)
+        for tokens, end in zip(movers, path[1:], strict=True):
+            self.expert[tokens[:units]] = end
+        return units
 
     def _price_moves(self, node: int) -> None:
         own = np.flatnonzero(self.expert == node)

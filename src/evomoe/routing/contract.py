@@ -328,4 +328,14 @@ class Router(nn.Module, ABC):
         A router with parameters or running state of its own draws them here too.
         """
         for child in self.children():
-            child.reset_parameters()  # type: ignore[operator]
+            _reset(child)
+
+
+def _reset(module: nn.Module) -> None:
+    """Draw the parameters of a module that knows how, or else of the modules that it holds."""
+    reset = getattr(module, "reset_parameters", None)
+    if reset is not None:
+        reset()
+    else:
+        for child in module.children():
+            _reset(child)

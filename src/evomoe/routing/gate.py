@@ -31,8 +31,9 @@ class LinearGate(Gate):
         d_model: width D of the token states.
         num_experts: number of experts E.
         init: ``"scaled"`` draws the weight with standard deviation D^-0.5 (logits of unit variance for normalised
-            states), ``"small"`` with (0.1 / D)^0.5, Switch Transformer's scale; ``"zeros"`` starts from uniform
-            routing; ``"orthogonal"`` draws orthogonal rows of norm 0.1, the centroids of BASE layers.
+            states), ``"small"`` with (0.1 / D)^0.5, Switch Transformer's scale; ``"zeros"`` starts from equal scores,
+            for gates that weigh all experts or add noise: where the best few are chosen, ties send every token to the
+            same ones; ``"orthogonal"`` draws orthogonal rows of norm 0.1, the centroids of BASE layers.
     """
 
     def __init__(self, d_model: int, num_experts: int, init: str = "scaled") -> None:

@@ -106,7 +106,7 @@ def locality_loss(probabilities: Tensor, local: Tensor, inputs: RoutingInput) ->
     on_node = node_of(inputs.batch, num_nodes, local.device)[:, None] == nodes  # (B, N)
     real = torch.ones_like(probabilities[:, 0]) if inputs.valid is None else inputs.valid
     tokens = (on_node * real.view(shape).sum(dim=1, keepdim=True)).sum(dim=0)  # (N,)
-    of_sequence = probabilities.view(*shape, -1).sum(dim=1)  # (B, E)
+    of_sequence = probabilities.view(*shape, probabilities.shape[1]).sum(dim=1)  # (B, E)
     mass = (on_node[:, :, None] * of_sequence[:, None]).sum(dim=0)  # (N, E)
     current = mass / tokens.clamp(min=1)[:, None]
     # The clamp keeps the gradient finite at an expert that no token considers.

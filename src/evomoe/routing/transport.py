@@ -118,6 +118,8 @@ class SparseTransport:
         return self._plan(benefit, potential, valid, places, _largest(places))
 
     def _plan(self, benefit: Tensor, potential: Tensor, valid: Tensor, places: Tensor, most: int) -> Tensor:
+        if valid.numel() == 0:
+            return torch.zeros_like(benefit)
         mass = valid.sum(dim=1).clamp(min=1)[:, None, None] / benefit.shape[1]  # of an expert, (G, 1, 1)
         scores = (benefit + potential[:, None]) / (self.gamma * mass)
         scores = scores.masked_fill(~valid[:, None], NOTHING)
@@ -163,7 +165,7 @@ def project_sparse_simplex(values: Tensor, places: Tensor, most: int | None = No
 
 
 def _largest(places: Tensor) -> int:
-    return max(int(places.max()), 1)
+    return max(int(places.max()), 1) if places.numel() else 1
 
 
 def check_combine(combine: str) -> None:

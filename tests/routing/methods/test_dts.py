@@ -213,6 +213,20 @@ def test_gradient_of_renormalized_weights_includes_their_sum(final_rule):
     torch.testing.assert_close(gradient.t(), expected)
 
 
+@pytest.mark.parametrize("balance_probability", ["kept", "full"])
+def test_a_single_renormalized_expert_leaves_the_gate_as_it_is(balance_probability):
+    """Neither the weights nor a balance loss of kept weights teach it; a balance loss of all weights does."""
+    gate, inputs = gate_for(LOGITS, renormalize=True, balance_probability=balance_probability)
+    routing = at(gate, 0.7, hardened=True)(inputs)
+    assert torch.equal(routing.weight, torch.ones_like(routing.weight))
+    direction = torch.randn(routing.weight.shape, generator=torch.Generator().manual_seed(0))
+    for value, teaches in (((routing.weight * direction).sum(), False), (routing.losses["balance"], None)):
+        (gradient,) = torch.autograd.grad(value, gate.gate.weight, retain_graph=True)
+        teaches = balance_probability == "full" if teaches is None else teaches
+        assert (gradient.abs().max() > 1e-3) == teaches
+        assert teaches or gradient.abs().max() < 1e-6
+
+
 # Final rule
 
 

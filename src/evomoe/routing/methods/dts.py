@@ -40,7 +40,9 @@ class DTSGate(Router):
         weights: combine weights: ``"noisy"``, the scores themselves (the main GPT recipe of the released code), or
             ``"clean"``, ``softmax(xW)`` without noise and temperature.
         hardened_weights: the same choice under the final rule; None keeps ``weights``.
-        renormalize: divide a token's kept weights by their sum. With one expert a token the gate then has no gradient.
+        renormalize: divide a token's kept weights by their sum. With one expert a token, and so from hardening to one
+            expert on, the gate then has no gradient, neither from the task nor from a balance loss of ``"kept"``
+            weights: it stays as it is.
         final_top_k: experts per token under the final rule (the paper's code: 1; more is our extension).
         noise_after_hardening: keep exploring in training after hardening, as the released code does.
         balance_probability: ``"kept"``, the mean of the kept weights (released code), or ``"full"``, of all of them.
@@ -87,6 +89,12 @@ class DTSGate(Router):
         # Tensors, so that a compiled graph is not compiled anew for each value; a function of the step, so not saved.
         self.register_buffer("temperature", torch.tensor(1.0), persistent=False)
         self.register_buffer("noise_scale", torch.tensor(1.0), persistent=False)
+
+    def reset_parameters(self) -> None:
+        """Draw the gate anew; temperature and noise scale are 1 until a schedule says otherwise."""
+        super().reset_parameters()
+        self.temperature.fill_(1)
+        self.noise_scale.fill_(1)
 
     def set_schedule(self, values: ScheduleValues) -> None:
         """Take over temperature, noise scale and rule of the current optimizer step."""

@@ -116,6 +116,8 @@ def choose_best(ranking: Tensor, valid: Tensor, places: Tensor) -> Tensor:
         places: how many, at most the real tokens of the pool, ``(G, 1)`` int64.
     """
     ranking = ranking.detach().masked_fill(~valid[:, :, None], -math.inf)
+    if ranking.numel() == 0:
+        return ranking > 0
     best = ranking.topk(max(int(places.max()), 1), dim=1).values  # (G, most, E)
     last = (places - 1).clamp(min=0)[:, :, None].expand(-1, 1, ranking.shape[2])
     bar = best.gather(1, last)  # what the last one chosen has, (G, 1, E)

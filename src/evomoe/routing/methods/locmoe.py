@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -79,7 +80,13 @@ class LocMoE(Router):
         self.relu = relu
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
-        self.register_buffer("local", local_distribution(num_experts, num_nodes, smoothing), persistent=False)
+        self.smoothing = smoothing
+        self.register_buffer("local", torch.empty(num_nodes, num_experts), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Write the local distribution; there is nothing to draw."""
+        self.local.copy_(local_distribution(self.num_experts, self.num_nodes, self.smoothing))
 
     def forward(self, inputs: RoutingInput) -> SparseRouting:
         """Route ``inputs.hidden (T, D)``."""

@@ -93,7 +93,13 @@ class LocMoEPlus(Router):
         self.capacity_factor = capacity_factor
         self.select_in_eval = select_in_eval
         self.causal_in_eval = not select_in_eval
-        self.register_buffer("local", local_distribution(num_experts, num_nodes, smoothing), persistent=False)
+        self.smoothing = smoothing
+        self.register_buffer("local", torch.empty(num_nodes, num_experts), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Write the local distribution; there is nothing to draw."""
+        self.local.copy_(local_distribution(self.num_experts, self.num_nodes, self.smoothing))
 
     def forward(self, inputs: RoutingInput) -> SparseRouting:
         """Route ``inputs.hidden (T, D)``."""
@@ -126,7 +132,8 @@ class LocMoEPlus(Router):
         if self.capacity_factor is not None:
             bound = capacity_per_expert(num_tokens, self.num_experts, self.top_k, self.capacity_factor)
             most = torch.minimum(bound, most)
-        largest = mask_padding(delta, inputs.valid).max().clamp(min=0).to(precise)
+        real = mask_padding(delta, inputs.valid)
+        largest = real.max().clamp(min=0).to(precise) if real.numel() else most.new_zeros(())
         wanted = log_capacity_exponential(self.num_experts, self.d_model, largest)
         return torch.minimum(wanted, most.log()).exp().ceil().clamp(min=1).minimum(most)
 

@@ -55,7 +55,7 @@ class SoftMoE(Router):
     def forward(self, inputs: RoutingInput) -> SoftRouting:
         """Route ``inputs.hidden (T, D)``."""
         with torch.autocast(device_type=inputs.hidden.device.type, enabled=False):
-            grouped = inputs.hidden.float().view(inputs.batch, inputs.sequence, -1)
+            grouped = inputs.hidden.float().view(inputs.batch, inputs.sequence, self.d_model)
             logits = normalize(grouped) @ (self.scale.float() * normalize(self.slots.float())).t()  # (G, S, E * C)
         if inputs.valid is None:
             dispatch, combine = F.softmax(logits, dim=1), F.softmax(logits, dim=2)

@@ -75,6 +75,7 @@ def test_a_class_that_cannot_be_imported_is_named():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("trainer.check_val_every_n_epoch=0", "check_val_every_n_epoch=0: expected a whole number of at least 1"),
         ("trainer.accumulate_grad_batches=0", "accumulate_grad_batches=0: expected a whole number of at least 1"),
         (
             "trainer.val_check_interval=0",

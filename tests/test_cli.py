@@ -47,6 +47,7 @@ def refusal(*arguments: str, config: str = "train") -> str:
         ("compile=maybe", "compile=maybe: expected true or false, as in compile=false"),
         ("data train=one.txt", "data train=one.txt cannot be read: expected key=value"),
         ("seed", "'seed' is no override: expected key=value"),
+        ("--experiment=gpt_dts", "'--experiment=gpt_dts' is no option: expected key=value without dashes, as in exp"),
         (
             "evolution=null",
             "evolution=null does not exist; expected one of diversify, dts, dts_kept, dts_only, dts_paper, none,",

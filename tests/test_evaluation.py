@@ -53,6 +53,9 @@ def test_overrides_change_how_a_checkpoint_is_measured(trained):
             ['overrides="data=text_files data.test=a.txt"'],
             "overrides=data=text_files chooses a group, and a checkpoint",
         ),
+        (['overrides="trainer.limit_test_batches=1"'], "would change nothing: what is measured is decided by data.*"),
+        (['overrides="router.gate.threshold=0.5"'], "overrides=router.gate.threshold=0.5 would change nothing"),
+        (['overrides="task.optimization.learning_rate=5"'], "would change nothing"),
         (['overrides="model.d_model=64"'], "describe another model than the one in"),
         (['overrides="model.d_model=2.5"'], "model.d_model=2.5: expected a whole number"),
         (

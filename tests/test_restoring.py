@@ -74,7 +74,7 @@ def test_a_restored_model_is_the_trained_one_at_the_schedule_of_its_step(trained
     young = restore(str(list_checkpoints(trained.folder)[10]))
     ((_, layer),) = moe_layers(young.task)
     assert not layer.router.hardened
-    assert layer.router.temperature.item() == pytest.approx(2 * (0.05 / 2) ** (3 / 6))
+    assert layer.router.temperature.item() == pytest.approx(2 * (0.05 / 2) ** (2 / 6))
     assert layer.live_experts == 4
     assert restored.tokenizer.encode("the same") == trained.data.tokenizer.encode("the same")
 

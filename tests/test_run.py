@@ -98,6 +98,20 @@ def test_without_a_logger_the_learning_rate_is_not_monitored(train, tmp_path):
     assert [callback for callback in objects.callbacks if isinstance(callback, EvolutionProgress)]
 
 
+def test_without_a_checkpoint_callback_nothing_is_saved(train, tmp_path):
+    train(tmp_path, *PLAIN, "callbacks.checkpoint=null", "test=false", "trainer.max_steps=4")
+    assert list(tmp_path.rglob("*.ckpt")) == []
+
+
+def test_phases_that_cannot_be_are_refused_before_the_data_are_read(train, tmp_path):
+    for override, message in (
+        ("evolution.diversify=1.5", "evolution.diversify=1.5: a share of the run must be in"),
+        ("evolution.temperature.shape=lin", "shape='lin'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(tmp_path, *PLAIN, override, "data.train=nowhere.txt")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -123,6 +137,9 @@ def test_without_a_logger_the_learning_rate_is_not_monitored(train, tmp_path):
         ),
         (["+router.loss_coefficients.z=0.1"], "DTSGate has no such loss (it has: balance)"),
         (["resume=maybe"], "resume=maybe: expected auto or null"),
+        (["task.optimization.beta2=98"], "beta2=98: expected a decay in [0, 1)"),
+        (["task.optimization.eps=-1"], "eps=-1: expected 0 or above"),
+        (["task.optimization.weight_decay=-0.1"], "weight_decay=-0.1: expected 0 or above"),
         (["ckpt_path=nowhere"], "ckpt_path=nowhere: there is no such file"),
         (["seed=-1"], "seed=-1: expected a whole number from 0"),
         (["callbacks.checkpoint.every_n_steps=0"], "every_n_steps=0 must be at least 1"),

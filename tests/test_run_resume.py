@@ -134,6 +134,40 @@ def test_another_method_or_size_is_refused(train_hard, uninterrupted, tmp_path, 
         train_hard(tmp_path, change, f"ckpt_path={newest_checkpoint(uninterrupted.folder)}")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "experiment", "message"),
+    [
+        (["evolution=none"], "gpt_dts", "it was trained with an evolution and this run has no evolution; restore"),
+        (["evolution=diversify"], "gpt_switch", "it was trained with no evolution and this run has an evolution"),
+    ],
+)
+def test_an_evolution_cannot_come_or_go(train, tmp_path, overrides, experiment, message):
+    short = [*PLAIN, "test=false", "trainer.max_steps=10", "callbacks.checkpoint.every_n_steps=1"]
+    train(tmp_path, *short, experiment=experiment)
+    with pytest.raises(ConfigError, match=f"^cannot resume from .*: {message}"):
+        train(tmp_path, *short, *overrides, "resume=auto", "trainer.max_steps=20", experiment=experiment)
+
+
+def test_options_of_the_optimizer_may_change_in_the_middle(train_hard, uninterrupted, tmp_path, caplog):
+    first = list_checkpoints(uninterrupted.folder)[17]
+    options = [f"task.optimization.{key}" for key in ("learning_rate=1e-6", "weight_decay=0.5", "beta2=0.5")]
+    with caplog.at_level("INFO"):
+        train_hard(tmp_path, *options, f"ckpt_path={first}")
+    groups = load(tmp_path)["optimizer_states"][0]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    assert {(group["initial_lr"], group["betas"]) for group in groups} == {(1e-6, (0.9, 0.5))}
+    assert all(group["lr"] <= 1e-6 for group in groups)
+    assert "Going on with task.optimization.learning_rate=1e-06 (before: " in caplog.text
+
+
+def test_resume_auto_goes_on_in_its_folder_rather_than_from_where_it_began(train_hard, uninterrupted, tmp_path):
+    """So that the same command, repeated, goes on."""
+    began = f"ckpt_path={list_checkpoints(uninterrupted.folder)[14]}"
+    first = train_hard(tmp_path, began, "resume=auto", "trainer.max_steps=18")
+    again = train_hard(tmp_path, began, "resume=auto")
+    assert (len(first.losses), len(again.losses)) == (8, 4)
+
+
 def test_dropout_may_change_in_the_middle(train_hard, uninterrupted, tmp_path):
     first = list_checkpoints(uninterrupted.folder)[17]
     assert len(train_hard(tmp_path, "model.dropout=0.0", f"ckpt_path={first}").losses) == 6

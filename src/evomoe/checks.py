@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import hydra
 import lightning as L
 from lightning.pytorch.accelerators import AcceleratorRegistry, CUDAAccelerator, MPSAccelerator
+from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from evomoe.checkpointing import load_checkpoint
@@ -70,6 +72,18 @@ def check_share(key: str, value: Any) -> None:
         raise ConfigError(f"{key}={value}: expected a number of batches of at least 1, or a share such as 0.5")
 
 
+def split_words(key: str, text: str) -> list[str]:
+    """The words of a text, as a shell would split it.
+
+    Raises:
+        ConfigError: a quote is not closed.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"{key}={text} cannot be read ({error}): quote as in {key}=\"data.test='a b.txt'\"") from None
+
+
 def check_trainer(trainer: DictConfig) -> None:
     """Refuse options of the trainer that Lightning takes and stumbles over later."""
     check_length(trainer.get("max_steps", -1), trainer.get("max_epochs"))
@@ -77,8 +91,10 @@ def check_trainer(trainer: DictConfig) -> None:
     for key in ("val_check_interval", "limit_train_batches", "overfit_batches"):
         if trainer.get(key) is not None and (key, trainer[key]) != ("overfit_batches", 0):
             check_share(f"trainer.{key}", trainer[key])
-    for key in ("accumulate_grad_batches", "num_nodes"):
+    for key in ("accumulate_grad_batches", "num_nodes", "check_val_every_n_epoch"):
         number = trainer.get(key, 1)
+        if key == "check_val_every_n_epoch" and number is None:  # which counts through epochs
+            continue
         if type(number) is not int or number < 1:
             raise ConfigError(f"trainer.{key}={number}: expected a whole number of at least 1")
     bound = trainer.get("gradient_clip_val")
@@ -148,19 +164,41 @@ def check_resume(config: DictConfig, path: Path, data: L.LightningDataModule) ->
     checkpoint = load_checkpoint(path)
     there = config_of(checkpoint, path)
     _check_equal(path, there, config, ["data._target_"])
+    if (there.evolution is None) != (config.evolution is None):
+        before, now = (
+            "no evolution" if node is None else "an evolution" for node in (there.evolution, config.evolution)
+        )
+        raise ConfigError(
+            f"cannot resume from {path}: it was trained with {before} and this run has {now}; restore the group"
+            " evolution=..., or start a new run with another run_name"
+        )
     # Before Lightning would load the weights, whose shapes follow from the data.
     if state := checkpoint.get(type(data).__qualname__):
         data.load_state_dict(state)
     keys = [f"model.{key}" for key in config.model if key not in FREE_KEYS]
     _check_equal(path, there, config, [*keys, "router.gate._target_"])
+    keys = [
+        "trainer.max_steps",
+        "trainer.max_epochs",
+        *(f"task.optimization.{key}" for key in config.task.optimization),
+    ]
+    if changes := _differences(there, config, keys):
+        rank_zero_info(
+            f"Going on with {', '.join(f'{key}={now} (before: {then})' for key, then, now in changes)}; what is a share"
+            " of the run, such as the decay of the learning rate, follows from the new values"
+        )
     return checkpoint["global_step"]
 
 
 def _check_equal(path: Path, there: DictConfig, here: DictConfig, keys: Sequence[str]) -> None:
-    for key in keys:
-        before, now = OmegaConf.select(there, key), OmegaConf.select(here, key)
-        if before != now:
-            raise ConfigError(
-                f"cannot resume from {path}: it was trained with {key}={before} and this run has {now}; restore it, or"
-                " start a new run with another run_name"
-            )
+    for key, before, now in _differences(there, here, keys):
+        raise ConfigError(
+            f"cannot resume from {path}: it was trained with {key}={before} and this run has {now}; restore it, or"
+            " start a new run with another run_name"
+        )
+
+
+def _differences(there: DictConfig, here: DictConfig, keys: Sequence[str]) -> list[tuple[str, Any, Any]]:
+    """Keys of which two configurations have another value, with both values."""
+    values = [(key, OmegaConf.select(there, key), OmegaConf.select(here, key)) for key in keys]
+    return [(key, before, now) for key, before, now in values if before != now]

@@ -32,6 +32,25 @@ from evomoe.instantiation import arguments_at, fits_type
 from evomoe.suggestions import nearest_word, unknown_key
 
 MULTIRUN = {"-m", "--multirun"}
+HYDRA_OPTIONS = frozenset(
+    [
+        "cfg",
+        "config-dir",
+        "config-name",
+        "config-path",
+        "experimental-rerun",
+        "help",
+        "hydra-help",
+        "info",
+        "multirun",
+        "package",
+        "resolve",
+        "run",
+        "shell-completion",
+        "version",
+    ]
+)
+"""Words that may follow two dashes, see ``--hydra-help``."""
 TEXT_KEYS = ("prompt", "second", "source", "overrides")
 """Overrides whose value is prose: taken as typed, even where Hydra's grammar makes a list or a number of it."""
 FILLED_BY_RUN = {"model.vocab_size", "model.num_classes", "model.channels", "model.image_size"}
@@ -50,9 +69,10 @@ def run_main(function: Callable[[DictConfig], Any], config_dir: Path, config_nam
     """
     sys.argv[1:] = drop_empty_choices([quote_text(argument) for argument in sys.argv[1:]], config_dir, config_name)
     try:
-        check_overrides(read_overrides(sys.argv[1:]), config_dir, config_name)
+        _, folder = _check(read_overrides(sys.argv[1:]), config_dir, config_name)
     except ConfigError as error:
         _refuse(error)
+    record = {path: path.read_bytes() for path in folder.glob(".hydra/*.yaml")}  # of an earlier run in this folder
     several = is_multirun(sys.argv[1:])
     if several:
         sys.argv[1:] = _name_sweep(sys.argv[1:])
@@ -68,6 +88,9 @@ def run_main(function: Callable[[DictConfig], Any], config_dir: Path, config_nam
             status = 2 if isinstance(error, ConfigError) else 3
             # Of several processes each goes through the whole sweep, and one alone must not go on to the next job.
             if not several or OmegaConf.select(config, "trainer.strategy") is not None:
+                if status == 2:  # a refused command changes nothing of the run that it wanted to go on with
+                    for path, content in record.items():
+                        path.write_bytes(content)
                 _refuse(error, status)
             job = f"job {HydraConfig.get().job.num}"
             failed[job] = status
@@ -135,6 +158,8 @@ def read_overrides(arguments: Sequence[str]) -> list[str]:
     for option, argument in pairwise(["", *arguments]):
         if argument.startswith("~") or ("=" in argument and not argument.startswith("-")):
             overrides.append(argument)
+        elif argument.startswith("--") and (word := argument[2:].partition("=")[0]) not in HYDRA_OPTIONS:
+            raise ConfigError(f"{argument!r} is no option: expected key=value without dashes, as in {word}=...")
         elif not argument.startswith("-") and not option.startswith("-"):
             raise ConfigError(f"{argument!r} is no override: expected key=value, as in seed=2")
     if not is_multirun(arguments):
@@ -189,6 +214,11 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
     Raises:
         ConfigError: naming the word and the nearest valid one, a value of the wrong type, or a folder that cannot be.
     """
+    return _check(overrides, config_dir, config_name)[0]
+
+
+def _check(overrides: Sequence[str], config_dir: Path, config_name: str) -> tuple[DictConfig, Path]:
+    """The configuration, and the folder of its run."""
     overrides = drop_empty_choices(overrides, config_dir, config_name)
     GlobalHydra.instance().clear()
     try:
@@ -206,10 +236,11 @@ def check_overrides(overrides: Sequence[str], config_dir: Path, config_name: str
         if not fits_type(given, arguments_at(config, key).get(key.rpartition(".")[2], type(usual))):
             kind = "true or false" if isinstance(usual, bool) else "a number"
             raise ConfigError(f"{override}: expected {kind}, as in {key}={str(usual).lower()}")
-    _check_folder(Path(config.hydra.run.dir))
+    folder = Path(config.hydra.run.dir)
+    _check_folder(folder)
     with open_dict(config):
         del config["hydra"]
-    return config
+    return config, folder
 
 
 def check_missing(config: DictConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from evomoe.callbacks import EvolutionProgress, FewShotProbe
 from evomoe.callbacks.monitoring.patch_pictures import CheckpointPictures
-from evomoe.checks import check_accelerator, check_share
+from evomoe.checks import check_accelerator, check_share, split_words
 from evomoe.errors import ConfigError
 from evomoe.instantiation import instantiate
 from evomoe.quiet import hush
@@ -27,7 +26,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
         raise ConfigError(f"split={config.split}: expected val or test")
     check_accelerator("accelerator", config.accelerator, "accelerator=cpu")
     check_share("limit_batches", config.limit_batches)
-    restored = restore(config.ckpt_path, config.log_dir, shlex.split(config.overrides))
+    restored = restore(config.ckpt_path, config.log_dir, split_words("overrides", config.overrides))
     data = instantiate(restored.config.data)
     changes = data.adapt_to(restored.data_state, config.split)
     data.prepare_data()

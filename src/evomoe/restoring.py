@@ -24,6 +24,9 @@ from evomoe.tasks import MoETask
 RESTORED = ("data", "model", "router", "task", "evolution")
 """Groups of a checkpoint's configuration that are built again: a file must not choose what else is called."""
 
+WITHOUT_EFFECT = ("trainer.", "evolution.", "router.", "logger.", "task.optimization.", "paths.", "seed=")
+"""Keys of a checkpoint's configuration that decide about training alone, or whose values stand elsewhere too."""
+
 FREE_KEYS = (
     "dropout",
     "attention_dropout",
@@ -61,7 +64,7 @@ def resolve_checkpoint(given: str, logs: Path, key: str = "ckpt_path") -> Path:
 
 def runs_below(logs: Path) -> list[Path]:
     """The folders below ``logs`` of runs that have a checkpoint, those that saved last first."""
-    saved = {path.parent.parent: path.stat().st_mtime for path in sorted(logs.glob("**/checkpoints/*.ckpt"))}
+    saved = {path.parent.parent: path.stat().st_mtime for path in sorted(logs.glob("**/checkpoints/step_*.ckpt"))}
     return sorted(saved, key=saved.__getitem__, reverse=True)
 
 
@@ -159,6 +162,11 @@ def restore(ckpt_path: str, log_dir: str = "logs", overrides: list[str] | None =
     config = config_of(checkpoint, path)
     check_targets(config, path)
     for override in overrides or []:
+        if override.startswith(WITHOUT_EFFECT):
+            raise ConfigError(
+                f"overrides={override} would change nothing: what is measured is decided by data.*, model.* and task.*,"
+                " and how much of it by limit_batches"
+            )
         if isinstance(config.get(override.partition("=")[0]), DictConfig):
             raise ConfigError(
                 f"overrides={override} chooses a group, and a checkpoint keeps those of its run: change single keys, as"
@@ -182,6 +190,6 @@ def restore(ckpt_path: str, log_dir: str = "logs", overrides: list[str] | None =
         ) from error
     evolution = trained_evolution(checkpoint, config)
     if evolution is not None:
-        evolution.apply(task, checkpoint["global_step"])
+        evolution.apply_last(task, checkpoint["global_step"])
     datamodule = hydra.utils.get_class(config.data._target_)
     return Restored(path, config, task.eval(), checkpoint["global_step"], checkpoint[datamodule.__qualname__])

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -38,14 +38,21 @@ def train(config: DictConfig) -> tuple[dict[str, float], dict[str, Any]]:
     pretrained = find_pretrained(config, resume_from)
     if pretrained is not None:
         pretrained.configure(config, HydraConfig.get().overrides.task if HydraConfig.initialized() else ())
+    _check_evolution(config)
 
     data = _build_data(config, pretrained)
     done = 0 if resume_from is None else check_resume(config, resume_from, data)
     task = _build_task(config, pretrained)
     loggers = _build_loggers(config.logger)
     callbacks = _build_callbacks(config, logs=bool(loggers))
-    plugins = [VerifiedCheckpointIO()]
-    trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers or False, plugins=plugins)
+    trainer = instantiate(
+        config.trainer,
+        callbacks=callbacks,
+        logger=loggers or False,
+        plugins=[VerifiedCheckpointIO()],
+        # Else Lightning adds one of its own where the configuration has none.
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+    )
     # From here on each process draws dropout and noise of its own; Lightning seeds them alike.
     torch.manual_seed(config.seed + trainer.global_rank)
 
@@ -79,6 +86,14 @@ def _check(config: DictConfig) -> None:
         raise ConfigError(f"seed={config.seed}: expected a whole number from 0 to {2**32 - 1}")
     check_parts(config)
     check_trainer(config.trainer)
+
+
+def _check_evolution(config: DictConfig) -> None:
+    """Refuse phases that cannot be before the data are read, where the length of the run is known by then."""
+    if config.evolution is not None:
+        evolution = instantiate(config.evolution)
+        if config.trainer.max_steps > 0 and config.trainer.get("max_epochs") in (None, -1):
+            evolution.make_plan(config.trainer.max_steps)
 
 
 def _build_data(config: DictConfig, pretrained: Pretrained | None) -> Any:
@@ -134,17 +149,16 @@ def _build_callbacks(config: DictConfig, logs: bool) -> list[L.Callback]:
 
 
 def _find_resume(config: DictConfig) -> Path | None:
-    """The checkpoint to go on from, by ``ckpt_path`` or ``resume=auto``."""
+    """The checkpoint to go on from: by ``resume=auto`` that of the run's own folder, else that of ``ckpt_path``."""
     if config.resume not in (None, "auto"):
         raise ConfigError(f"resume={config.resume}: expected auto or null; a file is given by ckpt_path")
+    if config.resume == "auto" and (newest := newest_checkpoint(Path(config.paths.run_dir))) is not None:
+        return newest
     if config.ckpt_path is not None:
         return resolve_checkpoint(config.ckpt_path, Path(config.paths.log_dir) / config.experiment_name)
     if config.resume == "auto":
-        newest = newest_checkpoint(Path(config.paths.run_dir))
-        if newest is None:
-            rank_zero_info(
-                f"resume=auto: no checkpoint in {config.paths.run_dir}, so this run starts at step 0; run_name=..."
-                " names the folder of an earlier one, and ckpt_path=last goes on from the newest"
-            )
-        return newest
+        rank_zero_info(
+            f"resume=auto: no checkpoint in {config.paths.run_dir}, so this run starts at step 0; run_name=..."
+            " names the folder of an earlier one, and ckpt_path=last goes on from the newest"
+        )
     return None

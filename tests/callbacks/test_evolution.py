@@ -1,5 +1,6 @@
 """The plan of an evolution, and what the callback makes of it during a run."""
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -272,8 +273,19 @@ def test_a_longer_run_does_not_take_the_gate_back() -> None:
 
     with pytest.raises(ConfigError, match=f"^the checkpoint at step 20 is hardened .*back to sparsify .*with {kept}$"):
         prolong(diversify=0.25, harden=0.75, noise=Decay(1.0, 0.0, 0.5))
-    with pytest.warns(EvomoeWarning, match=f"another plan .*, which {kept} would keep"):  # of another length
-        prolong(diversify=5, harden=15, noise=Decay(1.0, 0.0, 10))
+    with pytest.warns(EvomoeWarning, match=f"another plan .*, which {kept} would keep"):
+        prolong(diversify=5, harden=18, noise=Decay(1.0, 0.0, 10))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EvomoeWarning)
+        prolong(diversify=5, harden=15, temperature=Decay(2.0, 0.1, 8, "exponential"), noise=Decay(1.0, 0.0, 10))
+
+
+def test_a_validation_where_a_phase_ends_is_of_the_rule_that_has_trained() -> None:
+    task, callback = make_task(), evolution(diversify=4, harden=12)
+    callback.plan = callback.make_plan(16)
+    for steps, phase in ((0, "diversify"), (4, "diversify"), (5, "sparsify"), (12, "sparsify"), (13, "hardened")):
+        callback.apply_last(task, steps)
+        assert (callback.state.phase, moe_layers(task)[0][1].router.hardened) == (phase, phase == "hardened")
 
 
 def test_a_second_fit_goes_on_with_the_experts_it_has() -> None:
@@ -299,7 +311,7 @@ def test_a_test_of_an_earlier_checkpoint_uses_the_values_of_its_step() -> None:
     callback.on_load_checkpoint(trainer, task, {"global_step": 7})
     callback.on_test_start(trainer, task)
     assert callback.state.phase == "sparsify"
-    assert callback.state.temperature == Schedule(2.0, 0.1, 8, "exponential").at(2)
+    assert callback.state.temperature == Schedule(2.0, 0.1, 8, "exponential").at(1)
     assert not moe_layers(task)[0][1].router.hardened
 
 

@@ -89,7 +89,7 @@ def test_a_validation_of_the_average_has_the_temperature_of_its_step(averaged):
     (evolution,) = (callback for callback in averaged.callbacks if isinstance(callback, Evolution))
     assert len(set(averaged.kept.temperatures.values())) > 2
     for step, temperature in averaged.kept.temperatures.items():
-        assert temperature == pytest.approx(evolution.plan.at(step).temperature)
+        assert temperature == pytest.approx(evolution.plan.at(step - 1).temperature)
 
 
 def test_a_resumed_run_validates_inside_a_window_as_if_it_had_not_stopped(train, tmp_path):

@@ -74,6 +74,18 @@ def test_two_experiments_with_two_seeds(tiny, tmp_path, monkeypatch):
             ["experiments=[gpt_dst,gpt_switch]", "overrides=trainer.max_steps=3 seeds=2"],
             "gpt_dst: experiment=gpt_dst does not exist; did you mean 'gpt_dts'?",
         ),
+        (
+            ["experiments=[gpt_swich]"],
+            "gpt_swich: experiment=gpt_swich does not exist; did you mean 'gpt_switch'?",
+        ),
+        (
+            [METHODS, "overrides=callbacks.history=null"],
+            "gpt_dts: callbacks.history=null leaves nothing to compare: leave it as it is",
+        ),
+        (
+            [METHODS, "overrides=trainer.limit_val_batches=0"],
+            "gpt_dts: trainer.limit_val_batches=0 leaves no validation to compare: give at least 1",
+        ),
     ],
 )
 def test_a_mistake_costs_one_line_and_status_2(tmp_path, arguments, message):

@@ -88,9 +88,17 @@ REFUSED = {
         ["trainer.max_steps=0"],
         ["-m", "seed=1,2", "trainer.max_step=3"],
         ["run"],
+        ["--experiment", "gpt_dts"],
+        ["callbacks.checkpoint.every_n_steps=0", "run_name=first"],
     ],
-    "eval.py": [["split=train"], ["ckpt_path=nowhere.ckpt"]],
-    "generate.py": [["ckpt_path=last"], ["prompt="], ["prompt=a", "temperature=-1"]],
+    "eval.py": [["split=train"], ["ckpt_path=nowhere.ckpt"], ["overrides=data.test=it's.txt"]],
+    "generate.py": [
+        ["ckpt_path=last"],
+        ["prompt="],
+        ["prompt=a", "temperature=-1"],
+        ["prompt=a", "top_k=abc"],
+        ["prompt=a", "max_new_tokens=1.5"],
+    ],
 }
 
 
@@ -98,7 +106,7 @@ REFUSED = {
     ("script", "arguments"), [(script, arguments) for script, many in REFUSED.items() for arguments in many]
 )
 def test_a_mistake_costs_one_line_and_status_2(workplace, tiny, script, arguments):
-    before = sorted((workplace / "logs").rglob("*.ckpt"))
+    before = kept(workplace)
     setting = ["experiment=gpt_dts", *tiny] if script == "train.py" and "experiment=gpt_dst" not in arguments else []
     done = call(script, *setting, *arguments, folder=workplace)
     assert done.status == 2
@@ -106,7 +114,17 @@ def test_a_mistake_costs_one_line_and_status_2(workplace, tiny, script, argument
     assert len(errors) == 1
     assert done.stderr.rstrip().endswith(errors[0])
     assert "Traceback" not in done.stderr
-    assert sorted((workplace / "logs").rglob("*.ckpt")) == before
+    assert kept(workplace) == before
+
+
+def kept(workplace: Path) -> dict[Path, bytes]:
+    """Checkpoints, and the configurations of the runs that have one."""
+    runs = {path.parent.parent for path in (workplace / "logs").rglob("*.ckpt")}
+    return {
+        path: path.read_bytes()
+        for run in runs
+        for path in (*run.glob("checkpoints/*.ckpt"), *run.glob(".hydra/*.yaml"))
+    }
 
 
 def test_a_loss_that_is_not_finite_has_status_3(tiny, tmp_path):

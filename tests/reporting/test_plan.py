@@ -73,13 +73,28 @@ def test_seconds_are_those_of_the_clock():
     assert read(TWO, "clock=wall").cost("seconds") == "seconds"
 
 
+@pytest.mark.parametrize(
+    ("methods", "reference"),
+    [("gpt_dts,gpt_switch", "gpt_switch"), ("mt_dts,mt_switch", "mt_dts"), ("gpt_dense", "gpt_dense")],
+)
+def test_the_method_that_the_others_are_held_to_unless_one_is_named(methods, reference):
+    assert read(f"experiments=[{methods}]").reference == reference
+
+
+def test_one_further_column_needs_no_brackets():
+    assert read(TWO, "columns=test/bleu").columns == ("test/bleu",)
+
+
 REFUSED = [
+    (
+        [TWO, "overrides=data.test=it's.txt"],
+        "overrides=data.test=it's.txt cannot be read (No closing quotation): quote",
+    ),
     ([], "experiments=[] is empty: expected names"),
     (["experiments=[]"], "experiments=[] is empty: expected names"),
     (["experiments=gpt_dts"], "experiments=gpt_dts is no list: expected names in brackets"),
-    (["experiments=[gpt_dts]"], "reference=gpt_switch is not among the methods compared"),
+    (["experiments=[gpt_dts]", "reference=gpt_switch"], "reference=gpt_switch is not among the methods compared"),
     ([TWO, "reference=gpt_dst"], "reference=gpt_dst is not among the methods compared: choose one of them, as in ref"),
-    (["experiments=[mt_dts,mt_switch]"], "reference=gpt_switch is not among the methods compared: choose one of them,"),
     (
         [TWO, "reference=x"],
         "reference=x is not among the methods compared: choose one of them, as in reference=gpt",

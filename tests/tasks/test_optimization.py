@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from evomoe.errors import ConfigError
+from evomoe.errors import ConfigError, EvomoeWarning
 from evomoe.models.gpt import GPT
 from evomoe.routing import DTSGate
 from evomoe.tasks import Optimization
@@ -101,6 +101,12 @@ def test_decay_by_the_inverse_square_root_of_the_step():
 def test_warm_up_as_a_share_of_the_run():
     rates = learning_rates(Optimization(learning_rate=2.0, min_ratio=0.0, warmup=0.5), total=4, steps=5)
     assert rates == pytest.approx([2 / 3, 4 / 3, 2.0, 1.0, 0.0])
+
+
+def test_a_warm_up_beyond_the_end_of_the_run_is_said():
+    with pytest.warns(EvomoeWarning, match=r"warm-up of 8 steps .* does not end within this run of 4\.$"):
+        rates = learning_rates(Optimization(learning_rate=1.0, warmup=8), total=4, steps=4)
+    assert rates == pytest.approx([1 / 9, 2 / 9, 3 / 9, 4 / 9])
 
 
 def test_no_warm_up():

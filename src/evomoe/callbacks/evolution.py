@@ -6,7 +6,7 @@ buffer of the MoE layers and is saved with the weights.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import lightning as L
@@ -210,7 +210,7 @@ class Evolution(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Resolve the plan, and refuse one that cannot happen before any training."""
         plan = self.make_plan(total_steps(trainer))
-        if self.plan is not None and self.plan != plan:
+        if self.plan is not None and replace(self.plan, total=plan.total) != plan:
             step = trainer.global_step if self._restored_step is None else self._restored_step
             before, after = (PHASES.index(of.at(step).phase) for of in (self.plan, plan))
             if after < before:
@@ -219,9 +219,10 @@ class Evolution(L.Callback):
                     f" take it back to {PHASES[after]} ({plan.describe()}): keep the plan of the checkpoint, with"
                     f" {self._overrides_of(self.plan)}"
                 )
+            keeping = self._overrides_of(self.plan)
             rank_zero_warn(
-                f"The checkpoint was trained under another plan ({self.plan.describe()}), which"
-                f" {self._overrides_of(self.plan)} would keep.",
+                f"The checkpoint was trained under another plan ({self.plan.describe()})"
+                + (f", which {keeping} would keep." if keeping else "."),
                 category=EvomoeWarning,
             )
         idle = [name for name in ("temperature", "noise", "harden") if getattr(self, name) is not None]
@@ -269,15 +270,22 @@ class Evolution(L.Callback):
         self._restored_step = None
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Evaluate under the values of the step that comes next, or of the checkpoint that was loaded for it."""
+        """Evaluate under the values of the last step, or of that of the checkpoint that was loaded for it."""
         self.state = None
-        self.apply(pl_module, trainer.global_step if self._restored_step is None else self._restored_step)
+        self.apply_last(pl_module, trainer.global_step if self._restored_step is None else self._restored_step)
 
     on_test_start = on_validation_start
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember the step of the weights: Lightning restores it for a fit only."""
         self._restored_step = checkpoint["global_step"]
+
+    def apply_last(self, module: nn.Module, steps: int) -> None:
+        """Set every router of ``module`` to the values under which the last of ``steps`` optimizer steps was taken.
+
+        Not to those of the next one: a validation where a phase ends tells of the rule that has trained so far.
+        """
+        self.apply(module, max(steps - 1, 0))
 
     def apply(self, module: nn.Module, step: int) -> None:
         """Set every router of ``module`` to the values of optimizer step ``step``."""

@@ -23,6 +23,10 @@ class HeldEvolution(Evolution):
         self.phase = phase
         self._values = (temperature, noise_scale)
 
+    def _overrides_of(self, plan: EvolutionPlan) -> str:
+        """None: its values come with ``init_from``."""
+        return ""
+
     def make_plan(self, total: int) -> EvolutionPlan:
         """The same at every step.
 

@@ -231,12 +231,12 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None, m
     """Raise ConfigError for a sampling setting that cannot work."""
     if temperature < 0:
         raise ConfigError(f"temperature={temperature}: expected 0 (most likely token) or above")
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"top_k={top_k}: expected at least 1, or null for no limit")
+    if top_k is not None and not (type(top_k) is int and top_k >= 1):
+        raise ConfigError(f"top_k={top_k}: expected a whole number of at least 1, or null for no limit")
     if top_p is not None and not 0 < top_p <= 1:
         raise ConfigError(f"top_p={top_p}: expected a probability in (0, 1], or null for no limit")
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens={max_new_tokens}: expected at least 1")
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens={max_new_tokens}: expected a whole number of at least 1")
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:

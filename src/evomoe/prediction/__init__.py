@@ -87,9 +87,7 @@ def predict(config: DictConfig) -> list[str]:
     Raises:
         ConfigError: for a model that reads no text, and for a value that it cannot use.
     """
-    for key in ("batch_size", "candidates"):
-        if not isinstance(config[key], int) or config[key] < 1:
-            raise ConfigError(f"{key}={config[key]}: expected at least 1, a whole number")
+    _check_numbers(config)
     restored = restore(config.ckpt_path, config.log_dir)
     use = next((USES[kind] for kind in type(restored.task).__mro__ if kind in USES), None)
     if use is None:
@@ -104,6 +102,17 @@ def predict(config: DictConfig) -> list[str]:
         raise ConfigError(f"show_experts=true: {restored.path} has no experts, as its model is dense")
     restored.task.to(_device(config.device))
     return use.run(restored, config)
+
+
+def _check_numbers(config: DictConfig) -> None:
+    for key in ("batch_size", "candidates", "max_new_tokens", "n_best", "beam", "top_k"):
+        absent = config[key] is None and key in ("beam", "top_k")
+        if not absent and not (type(config[key]) is int and config[key] >= 1):
+            raise ConfigError(f"{key}={config[key]}: expected at least 1, a whole number")
+    for key in ("temperature", "top_p", "length_penalty"):
+        absent = config[key] is None and key != "temperature"
+        if not absent and type(config[key]) not in (int, float):
+            raise ConfigError(f"{key}={config[key]}: expected a number")
 
 
 def _device(name: str) -> torch.device:

@@ -138,6 +138,7 @@ def _run_missing(pool: Pool, runs: Iterable[Run], configs: Configs) -> list[Fail
         try:
             check_parts(configs[label])
             check_trainer(configs[label].trainer)
+            _check_history(configs[label])
             instantiate(configs[label].data)  # looks for its files
         except ConfigError as error:
             raise ConfigError(f"{label}: {error}") from None
@@ -146,6 +147,14 @@ def _run_missing(pool: Pool, runs: Iterable[Run], configs: Configs) -> list[Fail
     elif runs:
         pool.say(f"nothing to run: all {len(runs)} runs are finished")
     return pool.run(runs)
+
+
+def _check_history(config: DictConfig) -> None:
+    """Refuse runs that would leave nothing to compare."""
+    if OmegaConf.select(config, "callbacks.history") is None:
+        raise ConfigError("callbacks.history=null leaves nothing to compare: leave it as it is")
+    if config.trainer.get("limit_val_batches") == 0:
+        raise ConfigError("trainer.limit_val_batches=0 leaves no validation to compare: give at least 1")
 
 
 def _check_missing(config: DictConfig) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from evomoe.checks import split_words
 from evomoe.errors import ConfigError
 
 BUDGETS = ("steps", "flops", "seconds")
@@ -23,6 +23,9 @@ OWN_KEYS = ("experiment", "seed", "resume", "ckpt_path", "run_name", "hydra.run.
 """Overrides that the comparison itself gives to every run."""
 
 LENGTH_KEY = "trainer.max_steps"
+
+USUAL_REFERENCE = "gpt_switch"
+"""The method to which the others are held where the user names none and it is there."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,8 @@ def read_comparison(config: DictConfig) -> Comparison:
     values: Any = OmegaConf.to_container(config, resolve=True)
     methods = _read_methods(values["experiments"])
     labels = [method.label for method in methods]
+    if values["reference"] is None:
+        values["reference"] = USUAL_REFERENCE if USUAL_REFERENCE in labels else labels[0]
     if values["reference"] not in labels:
         near = (*difflib.get_close_matches(str(values["reference"]), labels, n=1), labels[0])[0]
         raise ConfigError(
@@ -173,7 +178,7 @@ def read_comparison(config: DictConfig) -> Comparison:
         overrides=tuple(merge(_read_overrides(values["settings"]), _read_overrides(values["overrides"]))),
         tolerance=values["tolerance"],
         clock=values["clock"],
-        columns=tuple(values["columns"]),
+        columns=(values["columns"],) if isinstance(values["columns"], str) else tuple(values["columns"]),
         **folders,
     )
 
@@ -220,7 +225,7 @@ def _read_method(entry: Any) -> Method:
 
 def _read_overrides(given: Any) -> list[str]:
     """A list of ``key=value``, or the same as one text with spaces between them."""
-    texts = shlex.split(given) if isinstance(given, str) else [str(text) for text in given or []]
+    texts = split_words("overrides", given) if isinstance(given, str) else [str(text) for text in given or []]
     for text in texts:
         if not re.match(r"~[\w.@/]+$|[~+]{0,2}[\w.@/]+=", text):
             raise ConfigError(f'overrides: {text!r} is none; expected overrides="data=docs trainer.max_steps=100"')

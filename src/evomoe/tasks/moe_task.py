@@ -109,6 +109,11 @@ class MoETask(L.LightningModule):
                 length = to_steps(f"router.loss_coefficients.{name}.length", value.length, total_steps(self.trainer))
                 self._schedules[name] = Schedule(value.start, value.end, length, value.shape)
 
+    def on_train_start(self) -> None:
+        """Go on with the options of this run where those of a checkpoint have been restored with its moments."""
+        for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
+            self.optimization.hold(optimizer, config.scheduler)  # type: ignore[arg-type]  # of configure_optimizers
+
     def training_outputs(self, loss: Tensor, routings: Sequence[Routing], work: Work) -> dict[str, Any]:
         """What ``training_step`` returns: the loss to optimize, and for the callbacks what was done.
 

@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from evomoe.errors import ConfigError
+from evomoe.errors import ConfigError, EvomoeWarning
 from evomoe.moe import MoELayer
 
 DECAYS = ("cosine", "linear", "inverse_sqrt")
@@ -49,6 +50,13 @@ class Optimization:
             )
         if not 0 <= self.min_ratio <= 1:
             raise ConfigError(f"min_ratio={self.min_ratio}: expected a share of the peak learning rate in [0, 1]")
+        if self.weight_decay < 0:
+            raise ConfigError(f"weight_decay={self.weight_decay}: expected 0 or above")
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if not 0 <= beta < 1:
+                raise ConfigError(f"{name}={beta}: expected a decay in [0, 1)")
+        if not self.eps >= 0:
+            raise ConfigError(f"eps={self.eps}: expected 0 or above")
         if self.warmup < 0 or (isinstance(self.warmup, float) and self.warmup > 1):
             raise ConfigError(f"warmup={self.warmup}: expected steps >= 0, or a share of the run in [0, 1]")
 
@@ -63,6 +71,11 @@ class Optimization:
     def scheduler(self, optimizer: torch.optim.Optimizer, total: int) -> LambdaLR:
         """Linear warm-up, then the decay, in a run of ``total`` steps."""
         warmup = round(self.warmup * total) if isinstance(self.warmup, float) else self.warmup
+        if warmup > total:
+            rank_zero_warn(
+                f"The warm-up of {warmup} steps (task.optimization.warmup) does not end within this run of {total}.",
+                category=EvomoeWarning,
+            )
 
         def factor(step: int) -> float:
             if step < warmup:
@@ -74,6 +87,19 @@ class Optimization:
             return self.min_ratio + (1 - self.min_ratio) * share
 
         return LambdaLR(optimizer, factor)
+
+    def hold(self, optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> None:
+        """Set an optimizer and its schedule, restored from a checkpoint, to these options; moments and step stay."""
+        scheduler.base_lrs = [self.learning_rate] * len(optimizer.param_groups)
+        rate = self.learning_rate * scheduler.lr_lambdas[0](scheduler.last_epoch)
+        for group, weight_decay in zip(optimizer.param_groups, (self.weight_decay, 0.0), strict=True):
+            group.update(
+                lr=rate,
+                initial_lr=self.learning_rate,
+                betas=(self.beta1, self.beta2),
+                eps=self.eps,
+                weight_decay=weight_decay,
+            )
 
 
 def parameter_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

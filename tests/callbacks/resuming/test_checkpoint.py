@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -277,6 +278,35 @@ def test_arguments_out_of_range_are_refused(tmp_path):
 
 
 # What it does on a signal
+
+
+def test_a_signal_before_a_validation_stops_after_it(tmp_path):
+    """Else the resumed run would lack its result."""
+    whole, parts = ([EarlyStopping("val/loss", patience=99)] for _ in range(2))
+    settings = {"max_steps": 6, "every_n_steps": 99, "val_check_interval": 4, "accumulate_grad_batches": 2}
+    fit(tmp_path / "whole", [*whole, At(-1, crash)], **settings)
+    with pytest.raises(SystemExit) as stopped:  # the validation follows the fourth batch
+        fit(tmp_path / "parts", [*parts, At(3, lambda: os.kill(os.getpid(), signal.SIGTERM))], **settings)
+    assert stopped.value.code == 143
+    assert steps(tmp_path / "parts") == [2]
+    assert read_best(tmp_path / "parts").step == 2
+    fit(tmp_path / "parts", [*parts, At(-1, crash)], resume="auto", **settings)
+    assert read_best(tmp_path / "parts") == read_best(tmp_path / "whole")
+    assert parts[0].state_dict().keys() == whole[0].state_dict().keys()
+    assert torch.equal(parts[0].best_score, whole[0].best_score)
+
+
+def test_a_best_that_could_not_be_marked_is_marked_by_the_resumed_run(tmp_path):
+    """As when the process is killed between the checkpoint and its mark."""
+    fit_losses(tmp_path, [5.0, 3.0, 4.0], keep_last=9)
+    best = read_best(tmp_path)
+    (tmp_path / CHECKPOINT_FOLDER / "best.json").unlink()
+    checkpoint = SafeCheckpoint(tmp_path)
+    checkpoint.load_state_dict(load_checkpoint(checkpoint_path(tmp_path, 6))["callbacks"][checkpoint.state_key])
+    trainer = SimpleNamespace(global_step=6, is_global_zero=True)
+    checkpoint.on_train_start(trainer, None)
+    checkpoint.on_exception(trainer, None, Exception())  # gives the signals back
+    assert read_best(tmp_path) == best == Best(step=4, monitor="val/loss", value=3.0)
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

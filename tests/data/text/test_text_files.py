@@ -162,6 +162,11 @@ class TestErrors:
         with pytest.raises(ConfigError, match=r"^data.val=.*nowhere\*.txt is no file and matches none"):
             TextFileCorpus(write(tmp_path / "a.txt", "a"), val=str(tmp_path / "nowhere*.txt"))
 
+    def test_a_folder_is_answered_with_the_files_that_it_holds(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt.gz").touch()
+        with pytest.raises(ConfigError, match=r"is a folder; for its files write data.train='.*/\*.txt.gz'$"):
+            TextFileCorpus(str(tmp_path))
+
     def test_other_kind_of_file(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"a.parquet is not a file ending in .txt, .txt.gz, .gz, .jsonl"):
             TextFileCorpus(write(tmp_path / "a.parquet", "a"))

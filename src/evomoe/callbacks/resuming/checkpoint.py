@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ class SafeCheckpoint(Checkpoint):
     that stops by an error saves nothing: the newest file is the last good state.
 
     SIGTERM and SIGINT save at the end of the present accumulation window, on all ranks if any rank was signalled, then
-    end the process with status 143 or 130 and one line that says how to go on; a validation that was due at that step
-    is not run, unless the fit has ended with it. A second signal ends the process at once.
+    end the process with status 143 or 130 and one line that says how to go on. A validation that is due at that step
+    comes first, and what has seen its result is saved again, so that no resumed run lacks it. A second signal ends the
+    process at once.
 
     Lightning's ``ModelCheckpoint`` is not the base: it saves the best and the last into separate files, postpones
     periodic saves until its metric exists, overwrites a ``last.ckpt``, and restores paths of the saving machine.
@@ -86,6 +88,8 @@ class SafeCheckpoint(Checkpoint):
         self._stepped = False  # whether the latest batch ended an accumulation window
         self._save_due = False
         self._stop_postponed = False
+        self._signum_of_validation = 0  # that came before a validation, to be obeyed after it
+        self._best: checkpointing.Best | None = None
 
     @property
     def best_model_path(self) -> str:
@@ -110,6 +114,11 @@ class SafeCheckpoint(Checkpoint):
                 f"{self.run_dir} already holds {newest.name}, beyond the step {self._step} that this run starts from;"
                 " go on from it (resume=auto), or give another run_name"
             )
+        if trainer.is_global_zero and self._best is not None:
+            # The process may have been killed before it could be marked. In another folder than before it is not there.
+            is_here = checkpointing.checkpoint_path(self.run_dir, self._best.step).exists()
+            if is_here and self._is_better(self._best):
+                checkpointing.write_best(self.run_dir, self._best)
         # Lightning set its own SIGTERM handler just before; it would stop inside an accumulation window.
         self._stop.listen(announce=trainer.is_global_zero)
 
@@ -132,10 +141,12 @@ class SafeCheckpoint(Checkpoint):
         self._save_due |= self._step % self.every_n_steps == 0 or trainer.should_stop or is_last
         # The end of the fit obeys a signal of the last step: no later run could make up for its validation.
         signum = 0 if is_last else self._agreed_signal(trainer)
-        if signum or (self._save_due and not _validation_follows(trainer)):
+        validates = _validation_follows(trainer)
+        if signum or (self._save_due and not validates):
             self._save(trainer)
-        if signum:
+        if signum and not validates:
             self._quit(trainer, signum)
+        self._signum_of_validation = signum
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save what is due or best."""
@@ -152,8 +163,12 @@ class SafeCheckpoint(Checkpoint):
                 )
             self._postpone_stop(trainer)
             return
-        if best is not None or self._save_due or trainer.should_stop:
+        if self._signum_of_validation:
+            self._saved_step = -1  # what was saved has not seen this validation
+        if best is not None or self._save_due or trainer.should_stop or self._signum_of_validation:
             self._save(trainer, best)
+        if self._signum_of_validation:
+            self._quit(trainer, self._signum_of_validation)
 
     def _postpone_stop(self, trainer: L.Trainer) -> None:
         """Let a stop inside an accumulation window wait for its end; Lightning lists this callback after all others."""
@@ -188,6 +203,7 @@ class SafeCheckpoint(Checkpoint):
     def _save(self, trainer: L.Trainer, best: checkpointing.Best | None = None) -> None:
         """Save the present step unless it is saved, mark it if it is the best, and remove what is no longer kept."""
         self._save_due = False
+        self._best = best or self._best
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a helper of the trainer
             return
         if self._saved_step != trainer.global_step:
@@ -215,14 +231,29 @@ class SafeCheckpoint(Checkpoint):
                 f"callbacks.checkpoint.monitor={self.monitor} is not measured: expected one of {', '.join(logged)}"
             )
         value = trainer.callback_metrics[self.monitor].item()
-        best = checkpointing.read_best(self.run_dir) if trainer.is_global_zero else None
-        if best is not None and best.monitor != self.monitor:  # of an earlier part of the run; no value to compare with
-            best = None
-        sign = 1 if self.mode == "min" else -1
-        is_best = math.isfinite(value) and (best is None or sign * value < sign * best.value)
-        if not trainer.strategy.broadcast(is_best):
-            return None
-        return checkpointing.Best(step=trainer.global_step, monitor=self.monitor, value=value)
+        found = checkpointing.Best(step=trainer.global_step, monitor=self.monitor, value=value)
+        is_best = trainer.is_global_zero and math.isfinite(value) and self._is_better(found)
+        return found if trainer.strategy.broadcast(is_best) else None
+
+    def _is_better(self, found: checkpointing.Best) -> bool:
+        """Whether a checkpoint of the run's folder, or about to be, beats the one that is marked as the best."""
+        best = checkpointing.read_best(self.run_dir)
+        if found.monitor != self.monitor:
+            return False
+        if best is None or best.monitor != self.monitor:  # of an earlier part of the run; no value to compare with
+            return True
+        if found.step <= best.step:  # whose file is this one, or was lost: a run is past all whole ones of its folder
+            return True
+        return found.value < best.value if self.mode == "min" else found.value > best.value
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best checkpoint so far, this one perhaps: it is marked as such once it is on disk."""
+        return {} if self._best is None else {"best": asdict(self._best)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember which one that was."""
+        if state_dict:
+            self._best = checkpointing.Best(**state_dict["best"])
 
     def _agreed_signal(self, trainer: L.Trainer) -> int:
         """The signal that any rank received, 0 for none."""

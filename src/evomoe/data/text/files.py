@@ -95,7 +95,10 @@ def _find(split: str, paths: str | Sequence[str]) -> list[Path]:
             raise ConfigError(f"data.{split}={pattern} is no file and matches none (seen from {Path.cwd()})")
         for file in found:
             if file.is_dir():
-                raise ConfigError(f"data.{split}: {file} is a folder; for its files write data.{split}='{file}/*.txt'")
+                held = [suffix for suffix in _SUFFIXES if any(file.glob(f"*{suffix}"))] or [".txt"]
+                raise ConfigError(
+                    f"data.{split}: {file} is a folder; for its files write data.{split}='{file}/*{held[0]}'"
+                )
             if not file.is_file() or not file.name.endswith(_SUFFIXES):
                 raise ConfigError(f"data.{split}: {file} is not a file ending in {', '.join(_SUFFIXES)}")
             if file.name.endswith(_NO_TEXT):
@@ -163,7 +166,8 @@ def lines(file: Path, part_bytes: int = -1) -> Iterator[str]:
             decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{file}, line {number + 1}: not UTF-8 ({error.reason}); convert it, for example with iconv -t utf-8"
+            f"{file}, line {number + 1}: not UTF-8 ({error.reason}); convert it, for example with"
+            " iconv -f latin1 -t utf-8"
         ) from error
     except (EOFError, OSError, zlib.error) as error:
         raise ConfigError(f"{file}, after line {number}: cannot be read ({error})") from error

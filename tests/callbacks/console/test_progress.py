@@ -5,8 +5,10 @@ import itertools
 import logging
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers.phased_run import FakeEvolution, fit, loader
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
@@ -101,12 +103,12 @@ class TestLines:
         fit(tmp_path, FakeEvolution(), EvolutionProgress(refresh_seconds=0))
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
         assert [line.partition(", elapsed")[0] for line in lines] == [
-            "step 1/6 (17%), diversify, loss 10.000, active experts 2.50, 18.2k tok/s",
-            "step 2/6 (33%), diversify, loss 9.000, active experts 2.50, 18.2k tok/s",
-            "step 3/6 (50%), sparsify, loss 8.000, val loss 2.000, temperature 1.50, active experts 2.50, 18.2k tok/s",
-            "step 4/6 (67%), sparsify, loss 7.000, val loss 2.000, temperature 1.25, active experts 2.50, 18.2k tok/s",
-            "step 5/6 (83%), hardened, loss 6.000, val loss 4.000, temperature 1.00, active experts 2.50, 18.2k tok/s",
-            "step 6/6 (100%), hardened, loss 5.000, val loss 4.000, temperature 0.75, active experts 2.50, 18.2k tok/s",
+            "step 1/6 (17%), diversify, loss 10.000, active experts 1.00, 18.2k tok/s",
+            "step 2/6 (33%), diversify, loss 9.000, active experts 1.00, 18.2k tok/s",
+            "step 3/6 (50%), sparsify, loss 8.000, val loss 2.000, temperature 1.50, active experts 3.00, 18.2k tok/s",
+            "step 4/6 (67%), sparsify, loss 7.000, val loss 2.000, temperature 1.25, active experts 3.00, 18.2k tok/s",
+            "step 5/6 (83%), hardened, loss 6.000, val loss 4.000, temperature 1.00, active experts 1.00, 18.2k tok/s",
+            "step 6/6 (100%), hardened, loss 5.000, val loss 4.000, temperature 0.75, active experts 1.00, 18.2k tok/s",
         ]
         assert lines[-1].endswith("left 0:00:00")
 
@@ -118,18 +120,19 @@ class TestLines:
 
     def test_evaluation_lines(self, tmp_path, capsys):
         trainer = fit(tmp_path, EvolutionProgress(refresh_seconds=0), steps=2)
-        assert "validation 1/2\nvalidation 2/2\n" in capsys.readouterr().out
+        assert "validation 1/2, left 0:00:00\nvalidation 2/2\n" in capsys.readouterr().out
         trainer.test(dataloaders=loader(3), model=trainer.lightning_module, verbose=False)
-        assert capsys.readouterr().out.splitlines() == ["test 1/3", "test 2/3", "test 3/3"]
+        lines = capsys.readouterr().out.splitlines()
+        assert lines == ["test 1/3, left 0:00:00", "test 2/3, left 0:00:00", "test 3/3"]
 
     def test_a_run_without_evolution(self, tmp_path, capsys):
         fit(tmp_path, EvolutionProgress(refresh_seconds=0), steps=1)
-        assert capsys.readouterr().out.startswith("step 1/1 (100%), train, loss 10.000, active experts 2.50, 18.2k")
+        assert capsys.readouterr().out.startswith("step 1/1 (100%), train, loss 10.000, active experts 1.00, 18.2k")
 
     def test_no_more_often_than_asked(self, tmp_path, capsys, clock, monkeypatch):
         reads = []
         real = progress_module.read_status
-        monkeypatch.setattr(progress_module, "read_status", lambda trainer: reads.append(trainer) or real(trainer))
+        monkeypatch.setattr(progress_module, "read_status", lambda *given: reads.append(given) or real(*given))
         ticks = itertools.count()
         monkeypatch.setattr(clock, "monotonic", lambda: next(ticks) / 10)
         fit(tmp_path, EvolutionProgress(refresh_seconds=1e6), steps=30, limit_val_batches=0)
@@ -162,6 +165,14 @@ class TestLines:
         assert capsys.readouterr().out == ""
 
 
+def test_active_experts_are_those_of_the_last_batch():
+    """What was logged last may be of the phase before."""
+    trainer = SimpleNamespace(callbacks=[], callback_metrics={"moe/active_experts": torch.tensor(9.0)})
+    routings = [SimpleNamespace(active_experts=torch.tensor(number)) for number in (1.0, 2.0)]
+    assert progress_module.read_status(trainer, {"routings": routings}).active_experts == 1.5
+    assert progress_module.read_status(trainer, {"routings": []}).active_experts is None
+
+
 class TestBar:
     """In a terminal."""
 
@@ -176,7 +187,7 @@ class TestBar:
         bar, status = drawn(console).rstrip().splitlines()[-2:]
         assert re.fullmatch(r"hardened ━+ 6/6 elapsed 0:\d\d:\d\d, left 0:00:00", bar.strip())
         words = status.strip()
-        assert words == "loss 5.000  val loss 4.000  temperature 0.75  active experts 2.50  18.2k tok/s"
+        assert words == "loss 5.000  val loss 4.000  temperature 0.75  active experts 1.00  18.2k tok/s"
 
     def test_fits_a_narrow_terminal(self, tmp_path):
         console = Console(file=io.StringIO(), force_terminal=True, width=80, _environ={})

@@ -47,6 +47,7 @@ class EvolutionProgress(ProgressBar):
         self._eval_name = ""
         self._eval_done = 0
         self._eval_total: int | None = None
+        self._eval_start = 0.0
 
     def enable(self) -> None:
         """Show again."""
@@ -71,7 +72,7 @@ class EvolutionProgress(ProgressBar):
         """Redraw, if it is time or the last step."""
         is_last = self.is_enabled and trainer.global_step == self._total
         if self._is_time() or is_last:
-            self._show_training(read_status(trainer), trainer.global_step)
+            self._show_training(read_status(trainer, outputs), trainer.global_step)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the second bar; stop the clock that measures training steps."""
@@ -138,19 +139,24 @@ class EvolutionProgress(ProgressBar):
 
     def _start_eval(self, name: str, batches: list[int | float]) -> None:
         total = sum(batches)
-        self._eval_name, self._eval_done = name, 0
+        self._eval_name, self._eval_done, self._eval_start = name, 0, time.monotonic()
         self._eval_total = int(total) if math.isfinite(total) else None
         if self.is_enabled and not self._plain:
-            self._open().show_eval(name, 0, self._eval_total)
+            self._open().show_eval(name, 0, self._eval_total, "")
 
     def _advance_eval(self) -> None:
         self._eval_done += 1
         if not self._is_time():
             return
+        left = ""
+        if self._eval_total is not None and self._eval_done < self._eval_total:
+            seconds = (time.monotonic() - self._eval_start) / self._eval_done * (self._eval_total - self._eval_done)
+            left = f"left {_duration(seconds)}"
         if self._plain:
-            print(f"{self._eval_name} {_of(self._eval_done, self._eval_total)}", flush=True)
+            shown = f"{self._eval_name} {_of(self._eval_done, self._eval_total)}"
+            print(", ".join(part for part in (shown, left) if part), flush=True)
         else:
-            self._open().show_eval(self._eval_name, self._eval_done, self._eval_total)
+            self._open().show_eval(self._eval_name, self._eval_done, self._eval_total, left)
 
     def _end_eval(self) -> None:
         if self._screen is not None:
@@ -257,10 +263,10 @@ class _Screen:
         self._status.plain = "  ".join(status.describe())
         self._live.refresh()
 
-    def show_eval(self, name: str, done: int, total: int | None) -> None:
+    def show_eval(self, name: str, done: int, total: int | None, left: str) -> None:
         if self._eval is None:
             self._eval = self._bars.add_task("", count="", clock="")
-        self._bars.update(self._eval, description=name, completed=done, total=total, count=_of(done, total))
+        self._bars.update(self._eval, description=name, completed=done, total=total, count=_of(done, total), clock=left)
         self._live.refresh()
 
     def hide_eval(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import lightning as L
 
@@ -66,12 +68,19 @@ def phase_of(trainer: L.Trainer) -> str:
     return PLAIN_PHASE if state is None else state.phase
 
 
-def read_status(trainer: L.Trainer) -> RunStatus:
-    """Gather the status during training. It waits for the device: call it a few times a second at most."""
+def read_status(trainer: L.Trainer, outputs: Any) -> RunStatus:
+    """Gather the status during training. It waits for the device: call it a few times a second at most.
+
+    Args:
+        trainer: of the run.
+        outputs: of the last training step, whose routings tell how many experts work; those of the loggers are older.
+    """
     evolution = evolution_of(trainer)
     decays = evolution is not None and evolution.temperature is not None
     state = evolution_state(trainer)
     metrics = trainer.callback_metrics
+
+    routings = outputs.get("routings") if isinstance(outputs, Mapping) else None
 
     def value(name: str) -> float | None:
         return float(metrics[name]) if name in metrics else None
@@ -81,7 +90,7 @@ def read_status(trainer: L.Trainer) -> RunStatus:
         temperature=state.temperature if state and decays and state.phase != "diversify" else None,
         loss=value("train/loss"),
         val_loss=value("val/loss"),
-        active_experts=value("moe/active_experts"),
+        active_experts=float(sum(routing.active_experts for routing in routings) / len(routings)) if routings else None,
         tokens_per_second=value("throughput/tokens_per_second"),
     )
 

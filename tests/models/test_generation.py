@@ -183,9 +183,9 @@ def test_only_kept_tokens_are_drawn(
     ("arguments", "message"),
     [
         ({"temperature": -1.0}, "temperature=-1.0: expected 0"),
-        ({"top_k": 0}, "top_k=0: expected at least 1"),
+        ({"top_k": 0}, "top_k=0: expected a whole number of at least 1"),
         ({"top_p": 0.0}, r"top_p=0.0: expected a probability in \(0, 1\]"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0: expected at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0: expected a whole number of at least 1"),
         ({"prompts": []}, "no prompt was given"),
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
         ({"prompts": [[1, 50]]}, "prompt 0 holds token id 50, but the model knows ids 0 to 49"),

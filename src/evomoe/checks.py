@@ -91,10 +91,9 @@ def check_trainer(trainer: DictConfig) -> None:
     for key in ("val_check_interval", "limit_train_batches", "overfit_batches"):
         if trainer.get(key) is not None and (key, trainer[key]) != ("overfit_batches", 0):
             check_share(f"trainer.{key}", trainer[key])
-    for key in ("accumulate_grad_batches", "num_nodes", "check_val_every_n_epoch"):
+    counts_epochs = trainer.get("check_val_every_n_epoch") is not None
+    for key in ("accumulate_grad_batches", "num_nodes", *(["check_val_every_n_epoch"] if counts_epochs else [])):
         number = trainer.get(key, 1)
-        if key == "check_val_every_n_epoch" and number is None:  # which counts through epochs
-            continue
         if type(number) is not int or number < 1:
             raise ConfigError(f"trainer.{key}={number}: expected a whole number of at least 1")
     bound = trainer.get("gradient_clip_val")

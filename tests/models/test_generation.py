@@ -183,6 +183,9 @@ def test_only_kept_tokens_are_drawn(
     ("arguments", "message"),
     [
         ({"temperature": -1.0}, "temperature=-1.0: expected 0"),
+        ({"temperature": "abc"}, "temperature=abc: expected a number"),
+        ({"top_p": "abc"}, "top_p=abc: expected a number"),
+        ({"top_k": 1.5}, "top_k=1.5: expected a whole number of at least 1"),
         ({"top_k": 0}, "top_k=0: expected a whole number of at least 1"),
         ({"top_p": 0.0}, r"top_p=0.0: expected a probability in \(0, 1\]"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: expected a whole number of at least 1"),

@@ -113,6 +113,17 @@ def test_state_is_updated_before_a_callback_can_save_it():
     assert seen == [1, 2, 3, 4, 5]
 
 
+def test_a_task_may_have_an_optimizer_of_its_own():
+    class Plain(LanguageModeling):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.5)
+
+    usual = make_task()
+    trainer = make_trainer(max_steps=2)
+    trainer.fit(Plain(usual.model, Optimization()), datamodule=Windows())
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [0.5]
+
+
 def test_unborn_experts_leave_their_router_alone():
     task = make_task()
     for layer in task.model.moe_layers.values():

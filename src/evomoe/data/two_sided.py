@@ -37,11 +37,12 @@ def read_ahead(corpus: ItemCorpus[Any], progress: Progress, check: Callable[[Any
     for split in SPLITS[1:]:
         if split in corpus.held_out:
             continue
-        count = 0
-        for count, item in enumerate(corpus.items(split, progress), start=1):  # noqa: B007
+        empty = True
+        for item in corpus.items(split, progress):
+            empty = False
             if check is not None:
                 check(item)
-        if count == 0:
+        if empty:
             raise ConfigError(corpus.explain_empty(split))
 
 

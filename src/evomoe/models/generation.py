@@ -229,6 +229,9 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None, max_new_tokens: int) -> None:
     """Raise ConfigError for a sampling setting that cannot work."""
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if type(value) not in (int, float) and (name, value) != ("top_p", None):
+            raise ConfigError(f"{name}={value}: expected a number")
     if temperature < 0:
         raise ConfigError(f"temperature={temperature}: expected 0 (most likely token) or above")
     if top_k is not None and not (type(top_k) is int and top_k >= 1):

@@ -105,14 +105,13 @@ def predict(config: DictConfig) -> list[str]:
 
 
 def _check_numbers(config: DictConfig) -> None:
-    for key in ("batch_size", "candidates", "max_new_tokens", "n_best", "beam", "top_k"):
-        absent = config[key] is None and key in ("beam", "top_k")
+    """Refuse numbers that are none, but for those of sampling, which ``generate`` checks."""
+    for key in ("batch_size", "candidates", "n_best", "beam"):
+        absent = key == "beam" and config[key] is None
         if not absent and not (type(config[key]) is int and config[key] >= 1):
             raise ConfigError(f"{key}={config[key]}: expected at least 1, a whole number")
-    for key in ("temperature", "top_p", "length_penalty"):
-        absent = config[key] is None and key != "temperature"
-        if not absent and type(config[key]) not in (int, float):
-            raise ConfigError(f"{key}={config[key]}: expected a number")
+    if type(config.length_penalty) not in (int, float, type(None)):
+        raise ConfigError(f"length_penalty={config.length_penalty}: expected a number")
 
 
 def _device(name: str) -> torch.device:

@@ -111,8 +111,10 @@ class MoETask(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Go on with the options of this run where those of a checkpoint have been restored with its moments."""
-        for optimizer, config in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
-            self.optimization.hold(optimizer, config.scheduler)  # type: ignore[arg-type]  # of configure_optimizers
+        if type(self).configure_optimizers is not MoETask.configure_optimizers:
+            return  # an optimizer of the subclass's own
+        (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        self.optimization.hold(optimizer, config.scheduler)  # type: ignore[arg-type]
 
     def training_outputs(self, loss: Tensor, routings: Sequence[Routing], work: Work) -> dict[str, Any]:
         """What ``training_step`` returns: the loss to optimize, and for the callbacks what was done.

@@ -79,7 +79,6 @@ def read_status(trainer: L.Trainer, outputs: Any) -> RunStatus:
     decays = evolution is not None and evolution.temperature is not None
     state = evolution_state(trainer)
     metrics = trainer.callback_metrics
-
     routings = outputs.get("routings") if isinstance(outputs, Mapping) else None
 
     def value(name: str) -> float | None:

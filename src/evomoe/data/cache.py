@@ -47,21 +47,23 @@ def build_folder(cache_dir: Path, identity: dict[str, Any], write: Callable[[Pat
     directory = cache_dir / fingerprint(identity)
     if directory.exists():
         return directory
+    draft = cache_dir / f".{directory.name}"
     with ExitStack() as held:
+        held.callback(_discard, draft)
         try:
             with suppress(FileExistsError):
                 cache_dir.mkdir(parents=True)
             _remove_abandoned(cache_dir)
-            draft = _claim(directory, held)
+            claimed = _claim(draft, directory, held)
         except OSError as error:
             raise ConfigError(f"paths.cache_dir={cache_dir} cannot be written ({error.strerror})") from error
-        if draft is None:
+        if claimed is None:
             return directory
         try:
             with _progress() as progress:
-                write(draft, progress)
+                write(claimed, progress)
             try:
-                os.rename(draft, directory)
+                os.rename(claimed, directory)
             except OSError:
                 if not directory.exists():  # else another build was faster
                     raise
@@ -73,8 +75,6 @@ def build_folder(cache_dir: Path, identity: dict[str, Any], write: Callable[[Pat
                 f"paths.cache_dir={cache_dir} is full ({error.strerror}): delete what you no longer need there, or "
                 "choose another folder"
             ) from error
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
     return directory
 
 
@@ -95,28 +95,29 @@ def damage_named(directory: Path) -> Iterator[None]:
         raise ConfigError(f"the data cache {directory} is damaged ({reason}); delete the folder to rebuild") from error
 
 
-def _claim(directory: Path, held: ExitStack) -> Path | None:
-    """Return an empty folder to fill, locked until `held` ends; None once another process has built the directory."""
-    draft = directory.with_name(f".{directory.name}")
+def _claim(draft: Path, directory: Path, held: ExitStack) -> Path | None:
+    """Return an empty folder to fill, locked until `held` ends; None once another process has built the directory.
+
+    It is the draft, or where nothing can be locked another, which `held` removes.
+    """
     while not directory.exists():
-        with ExitStack() as attempt:
-            try:
-                draft.mkdir(exist_ok=True)
-                handle = os.open(draft / LOCK, os.O_RDWR | os.O_CREAT)
-                attempt.callback(os.close, handle)
-                locked = _wait_for(handle, directory)
-            except FileNotFoundError:  # it has just been renamed or removed
-                directory.parent.mkdir(parents=True, exist_ok=True)
-                continue
-            if not locked:
-                shutil.rmtree(draft, ignore_errors=True)
-                unlocked = draft.with_name(f"{draft.name}.{uuid.uuid4().hex}")
-                unlocked.mkdir()
-                return unlocked
-            if _is_at(handle, draft / LOCK) and not directory.exists():
-                held.enter_context(attempt.pop_all())
-                _empty(draft)
-                return draft
+        try:
+            draft.mkdir(exist_ok=True)
+            handle = os.open(draft / LOCK, os.O_RDWR | os.O_CREAT)
+            held.callback(os.close, handle)
+            locked = _wait_for(handle, directory)
+        except FileNotFoundError:  # it has just been renamed or removed
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            continue
+        if not locked:
+            shutil.rmtree(draft, ignore_errors=True)
+            unlocked = draft.with_name(f"{draft.name}.{uuid.uuid4().hex}")
+            held.callback(shutil.rmtree, unlocked, ignore_errors=True)
+            unlocked.mkdir()
+            return unlocked
+        if _is_at(handle, draft / LOCK) and not directory.exists():
+            _empty(draft)
+            return draft
     return None
 
 
@@ -144,6 +145,13 @@ def _empty(draft: Path) -> None:
     for left in draft.iterdir():
         if left.name != LOCK:
             left.unlink()
+
+
+def _discard(draft: Path) -> None:
+    """Remove a draft that ended early, wherever it was interrupted, unless another build has it by now."""
+    with suppress(OSError):
+        draft.rmdir()  # without a lock in it yet
+    _remove_abandoned(draft.parent)
 
 
 def _remove_abandoned(cache_dir: Path) -> None:

@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
 from rich.progress import Progress
 
-from evomoe.data.cache import save_array
+from evomoe.data.cache import build_folder, save_array
 from evomoe.data.corpus import fingerprint
 from evomoe.data.text.corpus import Corpus, Piece
 from evomoe.data.text.store import TokenStore, _encode
@@ -101,6 +102,39 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path, error: type[BaseExcep
 
     with pytest.raises(error):
         TokenStore.build(Failing(), 300, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_interrupted_after_any_call_leaves_nothing(tmp_path: Path) -> None:
+    """Ctrl-C as the first call that it makes returns, the second, and so on until the folder is to be filled."""
+    module = build_folder.__code__.co_filename
+
+    def write(folder: Path, progress: Progress) -> None:
+        sys.setprofile(None)
+        raise FileExistsError
+
+    def interrupt(frame: FrameType, event: str, argument: Any) -> None:
+        caller = frame if event == "c_return" else frame.f_back
+        if event in ("return", "c_return") and caller is not None and caller.f_code.co_filename == module:
+            calls.append(caller.f_lineno)
+            if len(calls) > interrupted:
+                raise KeyboardInterrupt
+
+    before = sys.getprofile()
+    interrupted, calls = 0, []
+    while True:
+        calls.clear()
+        sys.setprofile(interrupt)
+        try:
+            build_folder(tmp_path, {}, write)
+        except KeyboardInterrupt:
+            assert list(tmp_path.iterdir()) == [], f"interrupted on line {calls[-1]}"
+            interrupted += 1
+        except FileExistsError:
+            break
+        finally:
+            sys.setprofile(before)
+    assert interrupted > 20
     assert list(tmp_path.iterdir()) == []
 
 

@@ -112,6 +112,34 @@ def test_the_dense_model_is_hugging_faces_vit():
     torch.testing.assert_close(ours(images)[0], theirs(images).logits, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_convolutions_ahead_are_those_of_a_slow_sum():
+    model, images = build(stem="conv"), pictures()
+    first, second = (convolution.weight for convolution in model.stem.convolutions)
+    assert (first.shape, second.shape) == ((D // 2, C, 3, 3), (D, D // 2, 3, 3))
+    for norm in model.stem.norms:
+        nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(2))
+    hidden = images
+    for weight, norm in zip((first, second), model.stem.norms, strict=True):
+        padded = torch.zeros(len(images), hidden.shape[1], *(side + 2 for side in hidden.shape[2:]))
+        padded[:, :, 1:-1, 1:-1] = hidden
+        rows, columns = hidden.shape[2] // 2, hidden.shape[3] // 2
+        hidden = torch.empty(len(images), len(weight), rows, columns)
+        for row in range(rows):
+            for column in range(columns):
+                window = padded[:, :, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3]
+                place = torch.einsum("bcij,ocij->bo", window, weight)
+                scale = place.var(dim=1, correction=0, keepdim=True).add(norm.eps).sqrt()
+                hidden[:, :, row, column] = F.gelu((place - place.mean(1, keepdim=True)) / scale * norm.weight)
+    patches = torch.stack([hidden[:, :, row, column] for row in range(3) for column in range(3)], dim=1)
+    torch.testing.assert_close(model.stem(images), patches)
+
+
+def test_convolutions_ahead_are_as_wide_as_published():
+    model = ViT(224, 16, 3, 10, 384, 1, 6, moe_every=0, stem="conv")
+    assert [convolution.out_channels for convolution in model.stem.convolutions] == [48, 96, 192, 384]
+
+
 def of(known: dict[str, torch.Tensor], names: tuple[str, ...], kind: str) -> torch.Tensor:
     """The parameter under the name that this version of transformers gives it."""
     exact = {name: known[f"{name}.{kind}"] for name in names if f"{name}.{kind}" in known}
@@ -199,6 +227,7 @@ def test_every_patch_sees_every_other_one():
         (None, {}, []),
         (partial(Switch, capacity_factor=None), {"moe_last": 2}, [1.0, 1.0]),
         (partial(TopK, top_k=2), {"moe_every": 2, "d_expert": 24, "shared_experts": 1}, [2.0, 2.0]),
+        (None, {"stem": "conv"}, []),
     ],
 )
 def test_flops_are_those_that_are_counted(pool, router, options, active):
@@ -219,8 +248,9 @@ def test_flops_of_the_routers_of_vision_are_those_that_are_counted(router):
     assert counter.get_total_flops() == pytest.approx(7 * model.flops_per_image(active), rel=0.01)
 
 
-def test_models_of_one_seed_share_their_weights():
-    dense, sparse = build().state_dict(), build(Switch, moe_last=1).state_dict()
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_models_of_one_seed_share_their_weights(stem):
+    dense, sparse = build(stem=stem).state_dict(), build(Switch, moe_last=1, stem=stem).state_dict()
     for name in dense:
         if "blocks.3.feed_forward" not in name:
             assert torch.equal(dense[name], sparse[name]), name
@@ -259,6 +289,13 @@ def test_recomputed_activations_give_the_same_gradients():
         ({"channels": 0}, "channels=0: expected at least 1"),
         ({"num_classes": 0}, "num_classes=0: expected at least 1"),
         ({"num_layers": 0}, "num_layers=0: expected at least 1"),
+        ({"stem": "hybrid"}, "stem='hybrid' is unknown: expected patch, the pixels of each patch, or conv"),
+        (
+            {"stem": "conv", "patch_size": 3},
+            "patch_size=3 under stem=conv: .* expected 2, 4, 8 or another power of two",
+        ),
+        ({"stem": "conv", "patch_size": 1}, "patch_size=1 under stem=conv"),
+        ({"stem": "conv", "d_model": 15, "num_heads": 3}, "d_model=15 under stem=conv is not divisible by 2, half of"),
         ({"pool": "max"}, "pool='max' is unknown: expected gap, the mean of the patches, or cls"),
         ({"moe_last": 5}, "moe_last=5 of num_layers=4 blocks: expected 1 to 4, or null for all"),
         ({"moe_last": 0}, "moe_last=0 of num_layers=4 blocks"),

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from evomoe.errors import ConfigError
 from evomoe.models.blocks import Block
+from evomoe.models.conv_stem import ConvStem
 from evomoe.models.flops import matrix_flops
 from evomoe.models.initialization import draw_normal_
 from evomoe.models.network import BlockOptions, Network, check_sizes
 from evomoe.routing import Routing
 
 POOLS = ("gap", "cls")
+STEMS = ("patch", "conv")
 EMBEDDING_STD = 0.5
 
 
@@ -44,6 +46,8 @@ class ViT(Network):
         num_heads: attention heads; divides D.
         moe_last: how many blocks, the last ones, ``moe_every`` is about, counted from the first of them; None for all.
         pool: what is classified: the mean of the patches (``gap``), or a token of its own before them (``cls``).
+        stem: what the patch embedding, a linear layer, is given: the pixels of each patch (``patch``), or what
+            convolutions make of them (``conv``, see :class:`~evomoe.models.conv_stem.ConvStem`).
         dropout: dropout of embeddings and residual branches.
         checkpoint_activations: recompute each block in the backward pass instead of storing its activations.
         options: of the blocks, see :class:`~evomoe.models.network.BlockOptions`.
@@ -64,6 +68,7 @@ class ViT(Network):
         *,
         moe_last: int | None = None,
         pool: str = "gap",
+        stem: str = "patch",
         dropout: float = 0.1,
         checkpoint_activations: bool = False,
         **options: Any,
@@ -78,6 +83,8 @@ class ViT(Network):
             )
         if pool not in POOLS:
             raise ConfigError(f"pool={pool!r} is unknown: expected gap, the mean of the patches, or cls, a class token")
+        if stem not in STEMS:
+            raise ConfigError(f"stem={stem!r} is unknown: expected patch, the pixels of each patch, or conv")
         if moe_last is not None and not 1 <= moe_last <= num_layers:
             raise ConfigError(
                 f"moe_last={moe_last} of num_layers={num_layers} blocks: expected 1 to {num_layers}, or null for all; "
@@ -93,7 +100,8 @@ class ViT(Network):
         self.num_tokens = self.num_patches + (pool == "cls")
 
         blocks = BlockOptions(d_model=d_model, num_heads=num_heads, dropout=dropout, **options)
-        self.patch_embedding = nn.Linear(channels * patch_size**2, d_model)
+        self.stem = ConvStem(image_size, patch_size, channels, d_model, blocks.bias) if stem == "conv" else None
+        self.patch_embedding = nn.Linear(channels * patch_size**2 if self.stem is None else d_model, d_model)
         self.class_token = nn.Parameter(torch.zeros(d_model)) if pool == "cls" else None
         self.position_embedding = nn.Embedding(self.num_tokens, d_model)
         self.dropout = nn.Dropout(dropout)
@@ -132,7 +140,8 @@ class ViT(Network):
                 f"images of {' x '.join(map(str, images.shape[1:]))}, but the model is built for {self.channels} x "
                 f"{self.image_size} x {self.image_size}: build it with these sizes"
             )
-        hidden = self.patch_embedding(to_patches(images, self.patch_size))  # (B, N, D)
+        patches = to_patches(images, self.patch_size) if self.stem is None else self.stem(images)
+        hidden = self.patch_embedding(patches)  # (B, N, D)
         if self.class_token is not None:
             hidden = torch.cat([self.class_token.expand(len(hidden), 1, -1), hidden], dim=1)  # (B, S, D)
         hidden = self.dropout(hidden + self.position_embedding.weight)
@@ -167,7 +176,8 @@ class ViT(Network):
         """
         embedding = self.num_patches * matrix_flops([self.patch_embedding.weight])
         blocks = self.num_tokens * self.block_flops(self._stack, self.num_tokens, self.spread(active_experts))
-        return embedding + blocks + matrix_flops([self.head.weight])
+        stem = 0 if self.stem is None else self.stem.flops_per_image
+        return stem + embedding + blocks + matrix_flops([self.head.weight])
 
     @property
     def _stack(self) -> list[Block]:
@@ -179,8 +189,8 @@ class ViT(Network):
 
         Matrices into a branch have Xavier's deviation D^-0.5, as in the first ViT, those out of a branch this over
         sqrt(2 L). GPT's constant 0.02, which is about that of the largest ViTs, trains a narrow one very slowly. The
-        embedded patches of normalised images and the positions have the deviation 0.5 both, as what stands in a small
-        patch means little without its place. The head starts at 0.
+        embedded patches of normalised images, or of what the stem makes of them, and the positions have the deviation
+        0.5 both, as what stands in a small patch means little without its place. The head starts at 0.
 
         Args:
             seed: of the draws.
@@ -188,6 +198,8 @@ class ViT(Network):
         std = self.head.in_features**-0.5
         output_std = std * (2 * self.num_layers) ** -0.5
         patch_std = EMBEDDING_STD * self.patch_embedding.in_features**-0.5
+        if self.stem is not None:
+            self.stem.init_weights(seed, "stem")
         draw_normal_(self.patch_embedding.weight, patch_std, seed, "patch_embedding")
         draw_normal_(self.position_embedding.weight, EMBEDDING_STD, seed, "position_embedding")
         if self.class_token is not None:

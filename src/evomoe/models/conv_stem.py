@@ -1,0 +1,86 @@
+"""Convolutions ahead of a Vision Transformer's patch embedding.
+
+Shapes: B batch, C channels, P side of a patch, N patches of an image, D model width.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from evomoe.errors import ConfigError
+from evomoe.models.initialization import draw_normal_
+
+
+class ConvStem(nn.Module):
+    """3 x 3 convolutions of stride 2, after which each place of the map stands for a patch.
+
+    Early Convolutions Help Transformers See Better (arXiv 2106.14881): log2(P) of them, each twice as wide as the one
+    before, the last of width D, each followed by a norm and an activation; the 1 x 1 convolution behind them is the
+    model's own patch embedding. The paper leaves out a block of the transformer to pay for them, as ``num_layers``
+    may. Ours: the norm is LayerNorm over the channels of a place, not BatchNorm, so that no image depends on the others
+    of its batch; the activation is GELU, not ReLU.
+
+    Args:
+        image_size: height and width of the images, a multiple of P.
+        patch_size: side P of a patch, a power of two.
+        channels: of the images, C.
+        d_model: width D, divisible by P / 2.
+        bias: of the norms; the convolutions before them have none.
+
+    Raises:
+        ConfigError: for sizes that do not fit together.
+    """
+
+    def __init__(self, image_size: int, patch_size: int, channels: int, d_model: int, bias: bool = True) -> None:
+        super().__init__()
+        if patch_size < 2 or patch_size & (patch_size - 1):
+            raise ConfigError(
+                f"patch_size={patch_size} under stem=conv: each convolution halves the image, so expected 2, 4, 8 or "
+                "another power of two; model.stem=patch takes every size"
+            )
+        if d_model % (patch_size // 2):
+            raise ConfigError(
+                f"d_model={d_model} under stem=conv is not divisible by {patch_size // 2}, half of patch_size="
+                f"{patch_size}: each convolution is twice as wide as the one before, and the last one has d_model"
+            )
+        self.image_size = image_size
+        halvings = patch_size.bit_length() - 1
+        widths = [channels, *(d_model >> (halvings - 1 - index) for index in range(halvings))]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False) for before, after in pairwise(widths)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(width, bias=bias) for width in widths[1:])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to ``(B, N, D)``, the patches row by row."""
+        hidden = images
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            # The norm is over the channels, which stand last for it; as seen from outside nothing moves.
+            hidden = F.gelu(norm(convolution(hidden).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        return hidden.flatten(2).transpose(1, 2)
+
+    @property
+    def flops_per_image(self) -> int:
+        """Of a forward pass, 2 per multiply-add."""
+        kernels = [parameter.numel() for parameter in self.parameters() if parameter.ndim == 4]
+        sides = [self.image_size >> (index + 1) for index in range(len(kernels))]
+        return sum(2 * kernel * side**2 for kernel, side in zip(kernels, sides, strict=True))
+
+    @torch.no_grad()
+    def init_weights(self, seed: int, name: str) -> None:
+        """Draw all parameters anew; the norms make up for the kernels' scale.
+
+        Args:
+            seed: of the model's draws.
+            name: of the stem.
+        """
+        for key, parameter in self.named_parameters():
+            if parameter.ndim == 4:
+                draw_normal_(parameter, parameter[0].numel() ** -0.5, seed, f"{name}.{key}")
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()

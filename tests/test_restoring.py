@@ -63,6 +63,20 @@ def test_a_checkpoint_of_another_callback_is_refused_by_all_who_read_one(tmp_pat
             read()
 
 
+def test_an_option_younger_than_a_checkpoint_was_at_its_default(tmp_path):
+    config = compose("experiment=vit_soft", run_dir=tmp_path)
+    older = OmegaConf.to_container(config, resolve=False)
+    del older["model"]["stem"], older["model"]["expert_backend"]  # the model's own, and one of its blocks'
+    path = checkpoint_path(tmp_path, 3)
+    save_checkpoint(
+        {"pytorch-lightning_version": "2", "state_dict": {}, "global_step": 3, "evomoe": {"config": older}}, path
+    )
+    assert check_resume(config, path, L.LightningDataModule()) == 3
+    changed = compose("experiment=vit_soft", "model.stem=conv", run_dir=tmp_path)
+    with pytest.raises(ConfigError, match="it was trained with model.stem=patch and this run has conv; restore it"):
+        check_resume(changed, path, L.LightningDataModule())
+
+
 def test_a_restored_model_is_the_trained_one_at_the_schedule_of_its_step(trained):
     restored = restore("last", str(trained.logs))
     assert restored.step == 20

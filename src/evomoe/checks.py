@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from evomoe.checkpointing import load_checkpoint
 from evomoe.errors import ConfigError
-from evomoe.instantiation import annotations_of
+from evomoe.instantiation import annotations_of, defaults_of
 from evomoe.restoring import FREE_KEYS, config_of
 from evomoe.run_length import check_length, limited
 
@@ -174,8 +174,12 @@ def check_resume(config: DictConfig, path: Path, data: L.LightningDataModule) ->
     # Before Lightning would load the weights, whose shapes follow from the data.
     if state := checkpoint.get(type(data).__qualname__):
         data.load_state_dict(state)
-    keys = [f"model.{key}" for key in config.model if key not in FREE_KEYS]
-    _check_equal(path, there, config, [*keys, "router.gate._target_"])
+    keys = [key for key in config.model if key not in FREE_KEYS]
+    # An option that is younger than the checkpoint was at its default there.
+    defaults = defaults_of(config.model._target_)
+    younger = {key: defaults[key] for key in keys if key not in there.model and key in defaults}
+    there.model.update(younger)
+    _check_equal(path, there, config, [*(f"model.{key}" for key in keys), "router.gate._target_"])
     keys = [
         "trainer.max_steps",
         "trainer.max_epochs",

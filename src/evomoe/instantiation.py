@@ -89,6 +89,16 @@ def annotations_of(target: str) -> dict[str, Any]:
     return annotations
 
 
+def defaults_of(target: str) -> dict[str, Any]:
+    """Values of a class's arguments where none is given, with those handed on as in :func:`annotations_of`."""
+    called = hydra.utils.get_class(target)
+    bases = [base for base in reversed(inspect.getmro(called)) if "__init__" in vars(base)]
+    if hasattr(called, "options_class"):
+        bases.insert(0, called.options_class)
+    parameters = [parameter for base in bases for parameter in inspect.signature(base).parameters.values()]
+    return {item.name: item.default for item in parameters if item.default is not item.empty}
+
+
 def fits_type(value: Any, annotation: Any) -> bool:
     """Whether an argument of this annotation may be given as a plain value or a list."""
     for option in _options(annotation):

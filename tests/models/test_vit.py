@@ -128,14 +128,17 @@ def test_convolutions_ahead_are_those_of_a_slow_sum():
         for row in range(rows):
             for column in range(columns):
                 window = padded[:, :, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3]
-                place = torch.einsum("bcij,ocij->bo", window, weight)
-                scale = place.var(dim=1, correction=0, keepdim=True).add(norm.eps).sqrt()
-                hidden[:, :, row, column] = F.gelu((place - place.mean(1, keepdim=True)) / scale * norm.weight)
+                hidden[:, :, row, column] = torch.einsum("bcij,ocij->bo", window, weight)
+        for image in hidden:
+            image -= image.mean()
+            image /= (image.square().mean() + norm.eps).sqrt()
+            image *= norm.weight[:, None, None]
+        hidden = F.gelu(hidden)
     patches = torch.stack([hidden[:, :, row, column] for row in range(3) for column in range(3)], dim=1)
     torch.testing.assert_close(model.stem(images), patches)
 
 
-def test_convolutions_ahead_are_as_wide_as_published():
+def test_convolutions_ahead_are_as_wide_as_in_vit_4gf():
     model = ViT(224, 16, 3, 10, 384, 1, 6, moe_every=0, stem="conv")
     assert [convolution.out_channels for convolution in model.stem.convolutions] == [48, 96, 192, 384]
 
@@ -182,10 +185,10 @@ def test_where_the_experts_are(moe_every, moe_last, names):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pool", ["gap", "cls"])
+@pytest.mark.parametrize(("pool", "stem"), [("gap", "patch"), ("cls", "patch"), ("gap", "conv")])
 @pytest.mark.parametrize("router", ROUTERS)
-def test_an_image_of_padding_changes_nothing(router, pool):
-    model, images = build(router, pool=pool), pictures()
+def test_an_image_of_padding_changes_nothing(router, pool, stem):
+    model, images = build(router, pool=pool, stem=stem), pictures()
     valid = torch.tensor([True, False, True])
     other = torch.where(valid[:, None, None, None], images, pictures(seed=1))
     logits, routings = model(images, valid=valid)
@@ -248,14 +251,34 @@ def test_flops_of_the_routers_of_vision_are_those_that_are_counted(router):
     assert counter.get_total_flops() == pytest.approx(7 * model.flops_per_image(active), rel=0.01)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_embedded_patches_start_with_the_deviation_of_the_positions(stem):
+    torch.manual_seed(0)
+    model = ViT(32, 4, 3, CLASSES, 256, 1, 4, moe_every=0, stem=stem)
+    images = torch.randn(8, 3, 32, 32)
+    assert model.patch_embedding(model._look_at(images)).square().mean().sqrt() == pytest.approx(0.5, rel=0.05)
+    assert model.position_embedding.weight.std() == pytest.approx(0.5, rel=0.05)
+
+
+@torch.no_grad()
+def test_convolutions_ahead_tell_contrasts_within_an_image():
+    """As a norm of each place by itself would not: the same pattern, ten times as strong on one half."""
+    model, images = build(stem="conv"), pictures(1)
+    pattern = images[..., : SIZE // 3].repeat(1, 1, 1, 3)
+    pattern[..., SIZE // 2 :] *= 10
+    patches = model.stem(pattern).view(3, 3, D)
+    assert patches[:, 2].norm() > 3 * patches[:, 0].norm()
+
+
 @pytest.mark.parametrize("stem", ["patch", "conv"])
 def test_models_of_one_seed_share_their_weights(stem):
     dense, sparse = build(stem=stem).state_dict(), build(Switch, moe_last=1, stem=stem).state_dict()
     for name in dense:
         if "blocks.3.feed_forward" not in name:
             assert torch.equal(dense[name], sparse[name]), name
-    expert = build(Switch, moe_last=1).blocks[3].feed_forward.experts.expert_parameters(0)
-    for name, parameter in build().blocks[3].feed_forward.experts.expert_parameters(0).items():
+    expert = build(Switch, moe_last=1, stem=stem).blocks[3].feed_forward.experts.expert_parameters(0)
+    for name, parameter in build(stem=stem).blocks[3].feed_forward.experts.expert_parameters(0).items():
         assert torch.equal(expert[name], parameter)
 
 
@@ -265,10 +288,11 @@ def test_the_head_starts_at_zero():
     assert torch.equal(model(pictures())[0], torch.zeros(3, CLASSES))
 
 
-def test_recomputed_activations_give_the_same_gradients():
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_recomputed_activations_give_the_same_gradients(stem):
     gradients = []
     for checkpoint_activations in (False, True):
-        model = build(Switch, dropout=0.2, checkpoint_activations=checkpoint_activations).train()
+        model = build(Switch, dropout=0.2, stem=stem, checkpoint_activations=checkpoint_activations).train()
         torch.manual_seed(7)
         model(pictures())[0].square().sum().backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})

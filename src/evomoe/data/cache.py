@@ -23,6 +23,9 @@ from evomoe.errors import ConfigError
 LOCK = ".lock"
 """File of a draft that its builder holds locked."""
 
+DRAFTS = f".{'[0-9a-f]' * 16}"
+"""Pattern of the drafts' names, after what :func:`evomoe.data.corpus.fingerprint` gives; nothing else is removed."""
+
 
 def default_cache_dir() -> Path:
     """Return the folder of all caches where no configuration names one: `EVOMOE_CACHE`, or one in the home folder."""
@@ -53,7 +56,8 @@ def build_folder(cache_dir: Path, identity: dict[str, Any], write: Callable[[Pat
         try:
             with suppress(FileExistsError):
                 cache_dir.mkdir(parents=True)
-            _remove_abandoned(cache_dir)
+            for left in cache_dir.glob(DRAFTS):
+                _remove_abandoned(left)
             claimed = _claim(draft, directory, held)
         except OSError as error:
             raise ConfigError(f"paths.cache_dir={cache_dir} cannot be written ({error.strerror})") from error
@@ -141,28 +145,32 @@ def _is_at(handle: int, path: Path) -> bool:
         return False
 
 
+def _discard(draft: Path) -> None:
+    """Remove a draft, wherever its build was interrupted, unless another build has it by now."""
+    _remove_abandoned(draft)
+    with suppress(OSError):
+        draft.rmdir()  # it had no lock yet
+
+
+def _remove_abandoned(draft: Path) -> None:
+    """Remove a draft whose builder does not hold it."""
+    with ExitStack() as opened, suppress(OSError):  # from one that is being written, or has just been removed
+        handle = os.open(draft / LOCK, os.O_RDWR)
+        opened.callback(os.close, handle)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(handle, draft / LOCK):
+            # The lock goes last: while it is there, nobody else writes into the folder.
+            _empty(draft)
+            (draft / LOCK).unlink()
+            draft.rmdir()
+
+
 def _empty(draft: Path) -> None:
     for left in draft.iterdir():
-        if left.name != LOCK:
-            left.unlink()
-
-
-def _discard(draft: Path) -> None:
-    """Remove a draft that ended early, wherever it was interrupted, unless another build has it by now."""
-    with suppress(OSError):
-        draft.rmdir()  # without a lock in it yet
-    _remove_abandoned(draft.parent)
-
-
-def _remove_abandoned(cache_dir: Path) -> None:
-    """Remove drafts whose builders were killed."""
-    for lock in cache_dir.glob(f".*/{LOCK}"):
-        with ExitStack() as opened, suppress(OSError):  # from one that is being written, or has just been removed
-            handle = os.open(lock, os.O_RDWR)
-            opened.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(handle, lock):
-                shutil.rmtree(lock.parent, ignore_errors=True)
+        if left.is_dir():
+            shutil.rmtree(left)
+        elif left.name != LOCK:
+            left.unlink(missing_ok=True)
 
 
 def _progress() -> Progress:

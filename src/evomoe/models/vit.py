@@ -13,10 +13,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from evomoe.errors import ConfigError
 from evomoe.models.blocks import Block
-from evomoe.models.conv_stem import ConvStem
+from evomoe.models.conv_stem import GELU_RMS, ConvStem
 from evomoe.models.flops import matrix_flops
 from evomoe.models.initialization import draw_normal_
 from evomoe.models.network import BlockOptions, Network, check_sizes
@@ -49,7 +50,8 @@ class ViT(Network):
         stem: what the patch embedding, a linear layer, is given: the pixels of each patch (``patch``), or what
             convolutions make of them (``conv``, see :class:`~evomoe.models.conv_stem.ConvStem`).
         dropout: dropout of embeddings and residual branches.
-        checkpoint_activations: recompute each block in the backward pass instead of storing its activations.
+        checkpoint_activations: recompute the stem and each block in the backward pass, instead of storing what they
+            compute.
         options: of the blocks, see :class:`~evomoe.models.network.BlockOptions`.
 
     Raises:
@@ -100,7 +102,7 @@ class ViT(Network):
         self.num_tokens = self.num_patches + (pool == "cls")
 
         blocks = BlockOptions(d_model=d_model, num_heads=num_heads, dropout=dropout, **options)
-        self.stem = ConvStem(image_size, patch_size, channels, d_model, blocks.bias) if stem == "conv" else None
+        self.stem = ConvStem(image_size, patch_size, channels, d_model) if stem == "conv" else None
         self.patch_embedding = nn.Linear(channels * patch_size**2 if self.stem is None else d_model, d_model)
         self.class_token = nn.Parameter(torch.zeros(d_model)) if pool == "cls" else None
         self.position_embedding = nn.Embedding(self.num_tokens, d_model)
@@ -140,8 +142,7 @@ class ViT(Network):
                 f"images of {' x '.join(map(str, images.shape[1:]))}, but the model is built for {self.channels} x "
                 f"{self.image_size} x {self.image_size}: build it with these sizes"
             )
-        patches = to_patches(images, self.patch_size) if self.stem is None else self.stem(images)
-        hidden = self.patch_embedding(patches)  # (B, N, D)
+        hidden = self.patch_embedding(self._look_at(images))  # (B, N, D)
         if self.class_token is not None:
             hidden = torch.cat([self.class_token.expand(len(hidden), 1, -1), hidden], dim=1)  # (B, S, D)
         hidden = self.dropout(hidden + self.position_embedding.weight)
@@ -179,6 +180,14 @@ class ViT(Network):
         stem = 0 if self.stem is None else self.stem.flops_per_image
         return stem + embedding + blocks + matrix_flops([self.head.weight])
 
+    def _look_at(self, images: Tensor) -> Tensor:
+        """What the patch embedding is given: ``(B, N, C * P * P)``, or ``(B, N, D)`` of a stem."""
+        if self.stem is None:
+            return to_patches(images, self.patch_size)
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(self.stem, images, use_reentrant=False)
+        return self.stem(images)
+
     @property
     def _stack(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))
@@ -199,6 +208,7 @@ class ViT(Network):
         output_std = std * (2 * self.num_layers) ** -0.5
         patch_std = EMBEDDING_STD * self.patch_embedding.in_features**-0.5
         if self.stem is not None:
+            patch_std /= GELU_RMS
             self.stem.init_weights(seed, "stem")
         draw_normal_(self.patch_embedding.weight, patch_std, seed, "patch_embedding")
         draw_normal_(self.position_embedding.weight, EMBEDDING_STD, seed, "position_embedding")

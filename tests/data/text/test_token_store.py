@@ -168,6 +168,29 @@ def test_a_killed_build_leaves_no_half_cache_and_the_next_one_clears_up(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == [fingerprint(store.identity)]
 
 
+def test_folders_of_others_stay(tmp_path: Path) -> None:
+    lock = tmp_path / ".metadata" / ".lock"
+    lock.parent.mkdir()
+    lock.touch()
+    directory = TokenStore.build(FixedCorpus(), 300, tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([lock.parent, directory])
+    assert lock.exists()
+
+
+def test_an_abandoned_draft_keeps_its_lock_until_it_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else another build could lock the folder anew, and lose what it writes to the removal."""
+    draft = tmp_path / f".{fingerprint({})}"
+    draft.mkdir()
+    for name in (".lock", "train.bin", "val.bin"):
+        (draft / name).touch()
+    unlink, gone = Path.unlink, []
+    monkeypatch.setattr(Path, "unlink", lambda path, *args, **kwargs: [gone.append(path.name), unlink(path)])
+    TokenStore.build(FixedCorpus(), 300, tmp_path)
+    assert not draft.exists()
+    assert sorted(gone[:2]) == ["train.bin", "val.bin"]
+    assert gone[2] == ".lock"
+
+
 @pytest.fixture
 def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system without locks."""

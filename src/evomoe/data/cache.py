@@ -52,7 +52,7 @@ def build_folder(cache_dir: Path, identity: dict[str, Any], write: Callable[[Pat
         return directory
     draft = cache_dir / f".{directory.name}"
     with ExitStack() as held:
-        held.callback(_discard, draft)
+        held.callback(_remove_abandoned, draft)
         try:
             with suppress(FileExistsError):
                 cache_dir.mkdir(parents=True)
@@ -145,15 +145,8 @@ def _is_at(handle: int, path: Path) -> bool:
         return False
 
 
-def _discard(draft: Path) -> None:
-    """Remove a draft, wherever its build was interrupted, unless another build has it by now."""
-    _remove_abandoned(draft)
-    with suppress(OSError):
-        draft.rmdir()  # it had no lock yet
-
-
 def _remove_abandoned(draft: Path) -> None:
-    """Remove a draft whose builder does not hold it."""
+    """Remove a draft that no build holds, wherever its own was interrupted."""
     with ExitStack() as opened, suppress(OSError):  # from one that is being written, or has just been removed
         handle = os.open(draft / LOCK, os.O_RDWR)
         opened.callback(os.close, handle)
@@ -162,7 +155,8 @@ def _remove_abandoned(draft: Path) -> None:
             # The lock goes last: while it is there, nobody else writes into the folder.
             _empty(draft)
             (draft / LOCK).unlink()
-            draft.rmdir()
+    with suppress(OSError):  # from one that is being written; a build that has just made this folder makes it again
+        draft.rmdir()
 
 
 def _empty(draft: Path) -> None:

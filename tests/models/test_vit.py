@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -113,21 +114,26 @@ def test_the_dense_model_is_hugging_faces_vit():
 
 
 @torch.no_grad()
-def test_convolutions_ahead_are_those_of_a_slow_sum():
-    model, images = build(stem="conv"), pictures()
-    first, second = (convolution.weight for convolution in model.stem.convolutions)
-    assert (first.shape, second.shape) == ((D // 2, C, 3, 3), (D, D // 2, 3, 3))
+@pytest.mark.parametrize(
+    ("stem", "widths", "strides"),
+    [("conv", [D // 2, D], [2, 2]), ("deep_conv", [D // 2, D // 2, D, D], [2, 1, 2, 1])],
+)
+def test_convolutions_ahead_are_those_of_a_slow_sum(stem, widths, strides):
+    model, images = build(stem=stem), pictures()
+    weights = [convolution.weight for convolution in model.stem.convolutions]
+    assert [weight.shape for weight in weights] == [(b, a, 3, 3) for a, b in pairwise([C, *widths])]
     for norm in model.stem.norms:
         nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(2))
     hidden = images
-    for weight, norm in zip((first, second), model.stem.norms, strict=True):
+    for weight, norm, stride in zip(weights, model.stem.norms, strides, strict=True):
         padded = torch.zeros(len(images), hidden.shape[1], *(side + 2 for side in hidden.shape[2:]))
         padded[:, :, 1:-1, 1:-1] = hidden
-        rows, columns = hidden.shape[2] // 2, hidden.shape[3] // 2
+        rows, columns = hidden.shape[2] // stride, hidden.shape[3] // stride
         hidden = torch.empty(len(images), len(weight), rows, columns)
         for row in range(rows):
             for column in range(columns):
-                window = padded[:, :, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3]
+                top, left = stride * row, stride * column
+                window = padded[:, :, top : top + 3, left : left + 3]
                 hidden[:, :, row, column] = torch.einsum("bcij,ocij->bo", window, weight)
         for image in hidden:
             image -= image.mean()
@@ -138,9 +144,11 @@ def test_convolutions_ahead_are_those_of_a_slow_sum():
     torch.testing.assert_close(model.stem(images), patches)
 
 
-def test_convolutions_ahead_are_as_wide_as_in_vit_4gf():
-    model = ViT(224, 16, 3, 10, 384, 1, 6, moe_every=0, stem="conv")
-    assert [convolution.out_channels for convolution in model.stem.convolutions] == [48, 96, 192, 384]
+@pytest.mark.parametrize(("stem", "count"), [("conv", 1), ("deep_conv", 2)])
+def test_convolutions_ahead_are_as_wide_as_in_vit_4gf(stem, count):
+    model = ViT(224, 16, 3, 10, 384, 1, 6, moe_every=0, stem=stem)
+    widths = [width for width in (48, 96, 192, 384) for _ in range(count)]
+    assert [convolution.out_channels for convolution in model.stem.convolutions] == widths
 
 
 def of(known: dict[str, torch.Tensor], names: tuple[str, ...], kind: str) -> torch.Tensor:
@@ -185,7 +193,7 @@ def test_where_the_experts_are(moe_every, moe_last, names):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("pool", "stem"), [("gap", "patch"), ("cls", "patch"), ("gap", "conv")])
+@pytest.mark.parametrize(("pool", "stem"), [("gap", "patch"), ("cls", "patch"), ("gap", "deep_conv")])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_an_image_of_padding_changes_nothing(router, pool, stem):
     model, images = build(router, pool=pool, stem=stem), pictures()
@@ -231,6 +239,7 @@ def test_every_patch_sees_every_other_one():
         (partial(Switch, capacity_factor=None), {"moe_last": 2}, [1.0, 1.0]),
         (partial(TopK, top_k=2), {"moe_every": 2, "d_expert": 24, "shared_experts": 1}, [2.0, 2.0]),
         (None, {"stem": "conv"}, []),
+        (None, {"stem": "deep_conv"}, []),
     ],
 )
 def test_flops_are_those_that_are_counted(pool, router, options, active):
@@ -252,7 +261,7 @@ def test_flops_of_the_routers_of_vision_are_those_that_are_counted(router):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("stem", ["patch", "conv"])
+@pytest.mark.parametrize("stem", ["patch", "conv", "deep_conv"])
 def test_embedded_patches_start_with_the_deviation_of_the_positions(stem):
     torch.manual_seed(0)
     model = ViT(32, 4, 3, CLASSES, 256, 1, 4, moe_every=0, stem=stem)
@@ -271,7 +280,7 @@ def test_convolutions_ahead_tell_contrasts_within_an_image():
     assert patches[:, 2].norm() > 3 * patches[:, 0].norm()
 
 
-@pytest.mark.parametrize("stem", ["patch", "conv"])
+@pytest.mark.parametrize("stem", ["patch", "conv", "deep_conv"])
 def test_models_of_one_seed_share_their_weights(stem):
     dense, sparse = build(stem=stem).state_dict(), build(Switch, moe_last=1, stem=stem).state_dict()
     for name in dense:
@@ -288,7 +297,7 @@ def test_the_head_starts_at_zero():
     assert torch.equal(model(pictures())[0], torch.zeros(3, CLASSES))
 
 
-@pytest.mark.parametrize("stem", ["patch", "conv"])
+@pytest.mark.parametrize("stem", ["patch", "conv", "deep_conv"])
 def test_recomputed_activations_give_the_same_gradients(stem):
     gradients = []
     for checkpoint_activations in (False, True):
@@ -313,13 +322,16 @@ def test_recomputed_activations_give_the_same_gradients(stem):
         ({"channels": 0}, "channels=0: expected at least 1"),
         ({"num_classes": 0}, "num_classes=0: expected at least 1"),
         ({"num_layers": 0}, "num_layers=0: expected at least 1"),
-        ({"stem": "hybrid"}, "stem='hybrid' is unknown: expected patch, the pixels of each patch, or conv"),
+        ({"stem": "hybrid"}, "stem='hybrid' is unknown: expected patch, the pixels of each patch, conv or deep_conv"),
         (
             {"stem": "conv", "patch_size": 3},
-            "patch_size=3 under stem=conv: .* expected 2, 4, 8 or another power of two",
+            "patch_size=3 with convolutions ahead of the patches: .* expected 2, 4, 8 or another power of two",
         ),
-        ({"stem": "conv", "patch_size": 1}, "patch_size=1 under stem=conv"),
-        ({"stem": "conv", "d_model": 15, "num_heads": 3}, "d_model=15 under stem=conv is not divisible by 2, half of"),
+        ({"stem": "conv", "patch_size": 1}, "patch_size=1 with convolutions ahead of the patches"),
+        (
+            {"stem": "deep_conv", "d_model": 15, "num_heads": 3},
+            "d_model=15 with convolutions ahead of the patches is not divisible by 2, half of patch_size=4",
+        ),
         ({"pool": "max"}, "pool='max' is unknown: expected gap, the mean of the patches, or cls"),
         ({"moe_last": 5}, "moe_last=5 of num_layers=4 blocks: expected 1 to 4, or null for all"),
         ({"moe_last": 0}, "moe_last=0 of num_layers=4 blocks"),

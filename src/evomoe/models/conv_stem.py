@@ -19,42 +19,46 @@ GELU_RMS = 0.652
 
 
 class ConvStem(nn.Module):
-    """3 x 3 convolutions of stride 2, after which each place of the map stands for a patch.
+    """3 x 3 convolutions that halve the image until each place of the map stands for a patch.
 
     Early Convolutions Help Transformers See Better (arXiv 2106.14881), as in its two smaller models (1GF and 4GF):
-    log2(P) convolutions, each twice as wide as the one before, the last of width D, each followed by a norm and an
-    activation; the 1 x 1 convolution behind them is the model's own patch embedding. The paper leaves out a block of
-    the transformer to pay for them, as ``num_layers`` may. Ours: the norm is over all channels and places of one image
-    (GroupNorm of one group), not BatchNorm, so that no image depends on the others of its batch; and the activation is
-    GELU, not ReLU.
+    log2(P) convolutions of stride 2, each twice as wide as the one before, the last of width D, each followed by a norm
+    and an activation; the 1 x 1 convolution behind them is the model's own patch embedding. The paper leaves out a
+    block of the transformer to pay for them, as ``num_layers`` may. Ours: the norm is over all channels and places of
+    one image (GroupNorm of one group), not BatchNorm, so that no image depends on the others of its batch; and the
+    activation is GELU, not ReLU. Ours too is ``depth`` for all halvings alike: the paper's larger models (18GF and
+    36GF) have a second convolution, of stride 1, after the halvings in the middle, and none after the first and last.
 
     Args:
         image_size: height and width of the images, a multiple of P.
         patch_size: side P of a patch, a power of two.
         channels: of the images, C.
         d_model: width D, divisible by P / 2.
+        depth: convolutions for each halving, all but the first of them of stride 1.
 
     Raises:
         ConfigError: for sizes that do not fit together.
     """
 
-    def __init__(self, image_size: int, patch_size: int, channels: int, d_model: int) -> None:
+    def __init__(self, image_size: int, patch_size: int, channels: int, d_model: int, depth: int = 1) -> None:
         super().__init__()
         if patch_size < 2 or patch_size & (patch_size - 1):
             raise ConfigError(
-                f"patch_size={patch_size} under stem=conv: each convolution halves the image, so expected 2, 4, 8 or "
-                "another power of two; model.stem=patch takes every size"
+                f"patch_size={patch_size} with convolutions ahead of the patches: they halve the image repeatedly, "
+                "so expected 2, 4, 8 or another power of two; model.stem=patch takes every size"
             )
         if d_model % (patch_size // 2):
             raise ConfigError(
-                f"d_model={d_model} under stem=conv is not divisible by {patch_size // 2}, half of patch_size="
-                f"{patch_size}: each convolution is twice as wide as the one before, and the last one has d_model"
+                f"d_model={d_model} with convolutions ahead of the patches is not divisible by {patch_size // 2}, half "
+                f"of patch_size={patch_size}: their width doubles with each halving of the image, and ends as d_model"
             )
         self.image_size = image_size
+        self.depth = depth
         halvings = patch_size.bit_length() - 1
-        widths = [channels, *(d_model >> (halvings - 1 - index) for index in range(halvings))]
+        widths = [channels, *(d_model >> (halvings - 1 - index // depth) for index in range(halvings * depth))]
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False) for before, after in pairwise(widths)
+            nn.Conv2d(before, after, 3, stride=1 if index % depth else 2, padding=1, bias=False)
+            for index, (before, after) in enumerate(pairwise(widths))
         )
         # A fifth faster than the layout of the images.
         self.convolutions.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -71,7 +75,7 @@ class ConvStem(nn.Module):
     def flops_per_image(self) -> int:
         """Of a forward pass, 2 per multiply-add."""
         kernels = [parameter.numel() for parameter in self.parameters() if parameter.ndim == 4]
-        sides = [self.image_size >> (index + 1) for index in range(len(kernels))]
+        sides = [self.image_size >> (index // self.depth + 1) for index in range(len(kernels))]
         return sum(2 * kernel * side**2 for kernel, side in zip(kernels, sides, strict=True))
 
     @torch.no_grad()

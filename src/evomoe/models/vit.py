@@ -24,7 +24,8 @@ from evomoe.models.network import BlockOptions, Network, check_sizes
 from evomoe.routing import Routing
 
 POOLS = ("gap", "cls")
-STEMS = ("patch", "conv")
+STEM_DEPTHS = {"patch": 0, "conv": 1, "deep_conv": 2}
+"""Convolutions for each halving of the image, by the stem's name."""
 EMBEDDING_STD = 0.5
 
 
@@ -48,7 +49,8 @@ class ViT(Network):
         moe_last: how many blocks, the last ones, ``moe_every`` is about, counted from the first of them; None for all.
         pool: what is classified: the mean of the patches (``gap``), or a token of its own before them (``cls``).
         stem: what the patch embedding, a linear layer, is given: the pixels of each patch (``patch``), or what
-            convolutions make of them (``conv``, see :class:`~evomoe.models.conv_stem.ConvStem`).
+            convolutions make of them (``conv``, or ``deep_conv`` with twice as many, see
+            :class:`~evomoe.models.conv_stem.ConvStem`).
         dropout: dropout of embeddings and residual branches.
         checkpoint_activations: recompute the stem and each block in the backward pass, instead of storing what they
             compute.
@@ -85,8 +87,8 @@ class ViT(Network):
             )
         if pool not in POOLS:
             raise ConfigError(f"pool={pool!r} is unknown: expected gap, the mean of the patches, or cls, a class token")
-        if stem not in STEMS:
-            raise ConfigError(f"stem={stem!r} is unknown: expected patch, the pixels of each patch, or conv")
+        if stem not in STEM_DEPTHS:
+            raise ConfigError(f"stem={stem!r} is unknown: expected patch, the pixels of each patch, conv or deep_conv")
         if moe_last is not None and not 1 <= moe_last <= num_layers:
             raise ConfigError(
                 f"moe_last={moe_last} of num_layers={num_layers} blocks: expected 1 to {num_layers}, or null for all; "
@@ -102,7 +104,8 @@ class ViT(Network):
         self.num_tokens = self.num_patches + (pool == "cls")
 
         blocks = BlockOptions(d_model=d_model, num_heads=num_heads, dropout=dropout, **options)
-        self.stem = ConvStem(image_size, patch_size, channels, d_model) if stem == "conv" else None
+        depth = STEM_DEPTHS[stem]
+        self.stem = ConvStem(image_size, patch_size, channels, d_model, depth) if depth else None
         self.patch_embedding = nn.Linear(channels * patch_size**2 if self.stem is None else d_model, d_model)
         self.class_token = nn.Parameter(torch.zeros(d_model)) if pool == "cls" else None
         self.position_embedding = nn.Embedding(self.num_tokens, d_model)

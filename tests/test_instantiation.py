@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from evomoe.errors import ConfigError
-from evomoe.instantiation import check_types, instantiate
+from evomoe.instantiation import annotations_of, check_types, defaults_of, instantiate
 from evomoe.models.gpt import GPT
 
 CLASSES = {
@@ -118,3 +120,29 @@ def test_a_value_that_the_data_do_not_fill_is_named():
     node = OmegaConf.create({"model": {"_target_": "evomoe.routing.TopK", "d_model": "???", "num_experts": 2}}).model
     with pytest.raises(ConfigError, match=r"^model\.d_model has no value: choose"):
         instantiate(node)
+
+
+@dataclass
+class Options:
+    width: int = 8
+
+
+class MoreOptions(Options):
+    """One that has no constructor of its own."""
+
+
+class Base:
+    def __init__(self, depth: int, bias: bool = False) -> None: ...
+
+
+class Derived(Base):
+    options_class = MoreOptions
+
+    def __init__(self, name: str, *, bias: bool = True, **options: int) -> None: ...
+
+
+def test_arguments_are_those_of_the_class_its_bases_and_its_options():
+    target = f"{__name__}.Derived"
+    expected = {"width": int, "depth": int, "bias": bool, "name": str}
+    assert {name: annotations_of(target)[name] for name in expected} == expected
+    assert defaults_of(target) == {"width": 8, "bias": True}

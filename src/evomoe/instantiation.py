@@ -79,26 +79,23 @@ def arguments_at(config: DictConfig, key: str) -> dict[str, Any]:
 def annotations_of(target: str) -> dict[str, Any]:
     """Types of the arguments of a class, with those handed on to its base classes and ``options_class``."""
     annotations: dict[str, Any] = {}
-    for constructor in _constructors(target):
+    for part in _constructors(target):
         with contextlib.suppress(NameError):  # a name that is imported for type checkers only
-            annotations |= get_type_hints(constructor)
+            annotations |= get_type_hints(part)
     return annotations
 
 
 def defaults_of(target: str) -> dict[str, Any]:
     """Values of a class's arguments where none is given, with those handed on as in :func:`annotations_of`."""
-    signatures = [inspect.signature(constructor) for constructor in _constructors(target)]
-    parameters = [parameter for signature in signatures for parameter in signature.parameters.values()]
+    parameters = [item for part in _constructors(target) for item in inspect.signature(part).parameters.values()]
     return {item.name: item.default for item in parameters if item.default is not item.empty}
 
 
 def _constructors(target: str) -> list[Any]:
-    """Every ``__init__`` that takes arguments of a class: of its ``options_class``, its bases, and last its own."""
+    """What takes the arguments of a class: its ``options_class``, and the ``__init__`` of its bases, its own last."""
     called = hydra.utils.get_class(target)
-    classes = [base for base in reversed(inspect.getmro(called)) if "__init__" in vars(base)]
-    if hasattr(called, "options_class"):
-        classes.insert(0, called.options_class)
-    return [vars(item)["__init__"] for item in classes]
+    options = [called.options_class] if hasattr(called, "options_class") else []
+    return options + [vars(base)["__init__"] for base in reversed(inspect.getmro(called)) if "__init__" in vars(base)]
 
 
 def fits_type(value: Any, annotation: Any) -> bool:

@@ -106,7 +106,8 @@ def _claim(draft: Path, directory: Path, held: ExitStack) -> Path | None:
     """
     while not directory.exists():
         try:
-            draft.mkdir(exist_ok=True)
+            with suppress(FileExistsError):  # unlike exist_ok, also where the folder goes just then
+                draft.mkdir()
             handle = os.open(draft / LOCK, os.O_RDWR | os.O_CREAT)
             held.callback(os.close, handle)
             locked = _wait_for(handle, directory)
@@ -146,7 +147,7 @@ def _is_at(handle: int, path: Path) -> bool:
 
 
 def _remove_abandoned(draft: Path) -> None:
-    """Remove a draft that no build holds, wherever its own was interrupted."""
+    """Remove a draft that no build holds, at whatever point its own was interrupted."""
     with ExitStack() as opened, suppress(OSError):  # from one that is being written, or has just been removed
         handle = os.open(draft / LOCK, os.O_RDWR)
         opened.callback(os.close, handle)

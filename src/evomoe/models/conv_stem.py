@@ -21,20 +21,20 @@ GELU_RMS = 0.652
 class ConvStem(nn.Module):
     """3 x 3 convolutions that halve the image until each place of the map stands for a patch.
 
-    Early Convolutions Help Transformers See Better (arXiv 2106.14881), as in its two smaller models (1GF and 4GF):
-    log2(P) convolutions of stride 2, each twice as wide as the one before, the last of width D, each followed by a norm
-    and an activation; the 1 x 1 convolution behind them is the model's own patch embedding. The paper leaves out a
-    block of the transformer to pay for them, as ``num_layers`` may. Ours: the norm is over all channels and places of
-    one image (GroupNorm of one group), not BatchNorm, so that no image depends on the others of its batch; and the
-    activation is GELU, not ReLU. Ours too is ``depth`` for all halvings alike: the paper's larger models (18GF and
-    36GF) have a second convolution, of stride 1, after the halvings in the middle, and none after the first and last.
+    Early Convolutions Help Transformers See Better (arXiv 2106.14881). With ``depth=1`` as in its two smaller models
+    (1GF and 4GF): log2(P) convolutions of stride 2, each twice as wide as the one before, the last of width D, each
+    followed by a norm and an activation; the 1 x 1 convolution behind them is the model's own patch embedding. The
+    paper leaves out a block of the transformer to pay for them, as ``num_layers`` may. Ours: the norm is over all
+    channels and places of one image (GroupNorm of one group), not BatchNorm, so that no image depends on the others of
+    its batch; the activation is GELU, not ReLU; and a greater ``depth`` is that of every stage, where the paper's
+    larger models have a second convolution in the stages of the middle alone, and widths of their own.
 
     Args:
         image_size: height and width of the images, a multiple of P.
         patch_size: side P of a patch, a power of two.
         channels: of the images, C.
         d_model: width D, divisible by P / 2.
-        depth: convolutions for each halving, all but the first of them of stride 1.
+        depth: convolutions of a stage, at least 1; the first halves the image, the others have stride 1.
 
     Raises:
         ConfigError: for sizes that do not fit together.
@@ -44,13 +44,14 @@ class ConvStem(nn.Module):
         super().__init__()
         if patch_size < 2 or patch_size & (patch_size - 1):
             raise ConfigError(
-                f"patch_size={patch_size} with convolutions ahead of the patches: they halve the image repeatedly, "
-                "so expected 2, 4, 8 or another power of two; model.stem=patch takes every size"
+                f"patch_size={patch_size} under a convolutional stem, which halves the image again and again: "
+                "expected 2, 4, 8 or another power of two; model.stem=patch takes every size"
             )
         if d_model % (patch_size // 2):
             raise ConfigError(
-                f"d_model={d_model} with convolutions ahead of the patches is not divisible by {patch_size // 2}, half "
-                f"of patch_size={patch_size}: their width doubles with each halving of the image, and ends as d_model"
+                f"d_model={d_model} under a convolutional stem is not divisible by {patch_size // 2}, half of "
+                f"patch_size={patch_size}: its width doubles with each halving and ends as d_model; model.stem=patch "
+                "takes every width"
             )
         self.image_size = image_size
         self.depth = depth

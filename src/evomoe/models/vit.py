@@ -25,7 +25,7 @@ from evomoe.routing import Routing
 
 POOLS = ("gap", "cls")
 STEM_DEPTHS = {"patch": 0, "conv": 1, "deep_conv": 2}
-"""Convolutions for each halving of the image, by the stem's name."""
+"""Convolutions in each stage of the stem, by its name."""
 EMBEDDING_STD = 0.5
 
 
@@ -49,7 +49,7 @@ class ViT(Network):
         moe_last: how many blocks, the last ones, ``moe_every`` is about, counted from the first of them; None for all.
         pool: what is classified: the mean of the patches (``gap``), or a token of its own before them (``cls``).
         stem: what the patch embedding, a linear layer, is given: the pixels of each patch (``patch``), or what
-            convolutions make of them (``conv``, or ``deep_conv`` with twice as many, see
+            convolutions make of them (``conv``, or ``deep_conv`` with two in each stage, see
             :class:`~evomoe.models.conv_stem.ConvStem`).
         dropout: dropout of embeddings and residual branches.
         checkpoint_activations: recompute the stem and each block in the backward pass, instead of storing what they

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import pickle
 import shutil
 import signal
@@ -189,6 +190,35 @@ def test_an_abandoned_draft_keeps_its_lock_until_it_is_empty(tmp_path: Path, mon
     assert not draft.exists()
     assert sorted(gone[:2]) == ["train.bin", "val.bin"]
     assert gone[2] == ".lock"
+
+
+def test_a_draft_that_was_left_before_it_had_a_lock_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / f".{fingerprint({'another': 1})}"
+    left.mkdir()
+    directory = build_folder(tmp_path, {}, lambda folder, progress: None)
+    assert list(tmp_path.iterdir()) == [directory]
+
+
+@pytest.mark.parametrize("call", ["mkdir", "open"])
+def test_a_draft_may_go_while_it_is_claimed(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another build removes one without a lock, or renames its own, which stood there at the first look."""
+    draft = tmp_path / f".{fingerprint({})}"
+    owner, real = (Path, Path.mkdir) if call == "mkdir" else (os, os.open)
+    gone = []
+
+    def racing(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if gone or not str(path).startswith(str(draft)):
+            return real(path, *args, **kwargs)
+        gone.append(path)
+        if call == "open":
+            draft.rmdir()
+            return real(path, *args, **kwargs)
+        raise FileExistsError
+
+    monkeypatch.setattr(owner, call, racing)
+    directory = build_folder(tmp_path, {}, lambda folder, progress: None)
+    assert len(gone) == 1
+    assert list(tmp_path.iterdir()) == [directory]
 
 
 @pytest.fixture

@@ -144,11 +144,12 @@ def test_convolutions_ahead_are_those_of_a_slow_sum(stem, widths, strides):
     torch.testing.assert_close(model.stem(images), patches)
 
 
-@pytest.mark.parametrize("stem", ["conv", "deep_conv"])
-def test_stages_of_the_stem_are_as_wide_as_in_vit_4gf(stem):
+@pytest.mark.parametrize(
+    ("stem", "widths"), [("conv", [48, 96, 192, 384]), ("deep_conv", [48, 48, 96, 96, 192, 192, 384, 384])]
+)
+def test_stages_of_the_stem_are_as_wide_as_in_vit_4gf(stem, widths):
     model = ViT(224, 16, 3, 10, 384, 1, 6, moe_every=0, stem=stem)
-    halving = [item for item in model.stem.convolutions if item.stride == (2, 2)]
-    assert [convolution.out_channels for convolution in halving] == [48, 96, 192, 384]
+    assert [convolution.out_channels for convolution in model.stem.convolutions] == widths
 
 
 def of(known: dict[str, torch.Tensor], names: tuple[str, ...], kind: str) -> torch.Tensor:
@@ -193,7 +194,7 @@ def test_where_the_experts_are(moe_every, moe_last, names):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("pool", "stem"), [("gap", "patch"), ("cls", "patch"), ("gap", "deep_conv")])
+@pytest.mark.parametrize(("pool", "stem"), [("gap", "patch"), ("cls", "patch"), ("gap", "conv"), ("gap", "deep_conv")])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_an_image_of_padding_changes_nothing(router, pool, stem):
     model, images = build(router, pool=pool, stem=stem), pictures()
